@@ -1,0 +1,50 @@
+"""The contrastive losses' logits and the queue of keys."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def contrastive_logits(queries, keys, queue, temperature):
+    """InfoNCE logits; the positive is column 0.
+
+    queries, keys: (N, C), L2-normalised. queue: (K, C), L2-normalised.
+    temperature: > 0, dimensionless (v1: 0.07, v2: 0.2).
+    Returns (N, 1 + K) float32, or float64 where the inputs are: half precision is too coarse for the softmax.
+    Raises ValueError if temperature <= 0.
+    Source: arXiv:1911.05722, Algorithm 1.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    q, k, queue = queries.to(dtype), keys.to(dtype), queue.to(dtype)
+    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
+    negative = q @ queue.T  # (N, K)
+    return torch.cat([positive, negative], dim=1) / temperature
+
+
+class KeyQueue(nn.Module):
+    """The newest `size` keys, first in first out; starts as random unit vectors.
+
+    keys: buffer (size, dim). cursor: buffer, the row that is overwritten next; both stay on the device, so that
+    enqueueing never waits for it. Every process holds an equal copy, because every process enqueues the same
+    gathered keys. Raises ValueError if size < 1.
+    Source: arXiv:1911.05722, section 3.2 (which asks that the batch divide the size; here it need not).
+    """
+
+    def __init__(self, size, dim, generator=None):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"the queue needs at least one key, got size {size}")
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Overwrite the oldest rows with keys (N, dim), wrapping around; of more than `size` keys the last stay."""
+        size = len(self.keys)
+        newest = keys[-size:]
+        first = self.cursor + len(keys) - len(newest)
+        rows = (first + torch.arange(len(newest), device=self.cursor.device)) % size
+        self.keys.index_copy_(0, rows, newest.to(self.keys.dtype))
+        self.cursor.copy_((self.cursor + len(keys)) % size)

@@ -1,0 +1,66 @@
+"""ResNet encoders with a projection head, and the momentum update of the key encoder."""
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+
+def resnet_names():
+    """Every architecture `build_encoder` knows: torchvision's ResNets, and resnet10 for small demonstrations."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return ["resnet10", *(name for name in names if "resne" in name)]
+
+
+def build_encoder(arch, dim=128, head="mlp", stem="imagenet"):
+    """A torchvision ResNet whose `fc` is the projection head: (N, 3, H, W) images -> (N, dim), not normalised.
+
+    arch: a name from `resnet_names()`. dim: output width C.
+    head: "fc", one Linear (v1), or "mlp", Linear-ReLU-Linear with hidden width = feature width (v2).
+    stem: "imagenet" (7x7 stride 2, max-pool) or "small" (3x3 stride 1, no pooling: for images of about 32 pixels).
+    Raises ValueError for an unknown arch, head or stem.
+    Source: arXiv:1911.05722 section 3.3, arXiv:2003.04297 section 2; the small stem is that of MoCo's CIFAR notebook.
+    """
+    if arch not in resnet_names():
+        raise ValueError(f"unknown arch {arch!r}; one of {', '.join(resnet_names())}")
+    if head not in ("fc", "mlp") or stem not in ("imagenet", "small"):
+        raise ValueError(f"head must be fc or mlp and stem imagenet or small, got {head!r} and {stem!r}")
+    if arch == "resnet10":  # not torchvision's: one block a stage, four times as fast as resnet18's two on 48 pixels
+        encoder = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=dim)
+    else:
+        encoder = torchvision.models.get_model(arch, num_classes=dim)
+    if head == "mlp":
+        width = encoder.fc.in_features
+        encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+    if stem == "small":
+        encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+@torch.no_grad()
+def momentum_update(query_encoder, key_encoder, momentum):
+    """key <- momentum * key + (1 - momentum) * query, in place, for parameters only.
+
+    BatchNorm statistics are not averaged: the key encoder gathers its own. `query_encoder` may be wrapped (DDP,
+    compile), as the order of parameters stays the same. momentum: in [0, 1).
+    One fused call, about 3 times as fast as a loop over the parameters on a CPU and one launch a dtype on a GPU.
+    Source: arXiv:1911.05722, equation 2.
+    """
+    torch._foreach_lerp_(list(key_encoder.parameters()), list(query_encoder.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def average_statistics(encoders, accelerator):
+    """Replace BatchNorm's running statistics by their mean over processes, in place.
+
+    Called each step, it keeps the whole state of a run equal on every process, so that any of them can evaluate or
+    save it. One message of all statistics: 0.4 MB for two ResNet-50, where the gradients are 112 MB.
+    """
+    if accelerator.num_processes == 1:
+        return
+    statistics = [b for encoder in encoders for b in encoder.buffers() if b.is_floating_point()]
+    mean = accelerator.reduce(torch.cat([s.flatten() for s in statistics]), "mean")
+    parts = mean.split([s.numel() for s in statistics])
+    torch._foreach_copy_(statistics, [part.view_as(s) for part, s in zip(parts, statistics, strict=True)])

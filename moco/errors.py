@@ -1,0 +1,23 @@
+"""The one error that users see as a line instead of a traceback."""
+
+import os
+import sys
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message names the value, the limit and the remedy, in one line."""
+
+
+@contextmanager
+def one_line_errors():
+    """Print a UserError as one line on stderr, once a machine, and exit with code 2."""
+    try:
+        yield
+    except UserError as error:
+        # Every process meets the same mistake but for those that a DataLoader's worker met; these come with its
+        # traceback, of which the last line is the message.
+        *traceback, message = str(error).splitlines()
+        if traceback or os.environ.get("LOCAL_RANK", "0") == "0":
+            print("error:", message.removeprefix("moco.errors.UserError: "), file=sys.stderr)
+        sys.exit(2)

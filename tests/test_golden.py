@@ -1,0 +1,151 @@
+"""MoCo trajectories against the reference implementation's numbers, on one process and on two.
+
+pytest tests/test_golden.py                                  the numbers in tests/golden
+MOCO_GOLDEN=FOLDER pytest -k golden                          other numbers of the same schema
+"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from conftest import run_script
+from safetensors.torch import load_file
+from trajectory import run_trajectory
+
+TRAJECTORIES = [
+    ("moco_v1", 1),
+    ("moco_v2", 1),
+    ("moco_v2", 2),
+    ("moco_v2_resnet18", 1),
+    ("moco_v2_resnet18", 2),
+    ("moco_v2_wc", 1),
+    ("moco_v2_wc", 2),
+]
+PRECISIONS = {"float64": "f64", "float32": "f32"}
+WELL_CONDITIONED = 3e-4  # float32 queues and final weights are comparable where every step's tolerance is below this
+GATEABLE = 3e-3  # float32 logits are comparable at steps whose tolerance is at most this
+
+
+def read(golden, name, world):
+    """(description, expected numbers) of a trajectory; moco_v2_wc alone may be absent."""
+    if name == "moco_v2_wc" and not (golden / "moco" / f"{name}.json").exists():
+        pytest.skip("moco_v2_wc is not in this folder of golden numbers")
+    description = json.loads((golden / "moco" / f"{name}.json").read_text())
+    return description, load_file(golden / "moco" / f"{name}_w{world}.safetensors")
+
+
+def close(actual, expected, atol):
+    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=0, atol=atol)
+
+
+def digest(x):
+    """[sum, l2 norm, up to 64 entries at equal distances], as the golden numbers keep large tensors."""
+    flat = x.double().flatten()
+    return torch.cat([flat.sum()[None], flat.norm()[None], flat[:: max(1, len(flat) // 64)][:64]])
+
+
+def check_steps(description, expected, outputs, world, dtype):
+    """Logits, loss, accuracy and queue of every step that the precision can gate."""
+    precision = PRECISIONS[dtype]
+    tolerances = description[f"w{world}_tolerance"][f"{precision}_logits_atol"]
+    exact = dtype == "float64"
+    compared = 0
+    for step, atol in enumerate(tolerances):
+        if atol > GATEABLE:
+            continue
+        compared += 1
+        logits = outputs[f"step{step}.logits"]
+        for rank, rows in enumerate(logits.chunk(world)):
+            key = f"{precision}.step{step}.rank{rank}"
+            close(rows, expected[f"{key}.logits"], atol)
+            zeros = torch.zeros(len(rows), dtype=torch.long)
+            close(F.cross_entropy(rows, zeros)[None], expected[f"{key}.loss"], atol)
+            if exact:
+                close((rows.argmax(1) == 0).float().mean()[None] * 100, expected[f"{key}.acc1"], 1e-4)
+        if exact or max(tolerances) <= WELL_CONDITIONED:
+            close(outputs[f"step{step}.queue"], expected[f"{precision}.step{step}.queue"], 1e-9 if exact else 1e-5)
+            assert outputs[f"step{step}.queue_ptr"].equal(expected[f"{precision}.step{step}.queue_ptr"])
+    assert compared
+
+
+def check_statistics(description, expected, per_process, world, dtype):
+    """BatchNorm's running statistics of the first layer, after every step, with momentum 0.1.
+
+    per_process: the outputs of each process that ran. The reference overwrites them with process 0's before each
+    forward. Ours stay apart here, and several groups on one process update them in turn. All follow from the
+    statistics of each group, which the reference's numbers give: batch = (after - 0.9 * process 0's before) / 0.1.
+    """
+    if dtype == "float32" and max(description[f"w{world}_tolerance"]["f32_logits_atol"]) > WELL_CONDITIONED:
+        return
+    atol = 1e-9 if dtype == "float64" else 1e-5
+    for encoder in "qk":
+        for statistic, start in (("mean", 0.0), ("var", 1.0)):
+            name = f"encoder_{encoder}.bn1.running_{statistic}"
+            before = None
+            ours = [None] * len(per_process)
+            for step in range(description["config"]["steps"]):
+                after = [expected[f"{PRECISIONS[dtype]}.step{step}.rank{r}.{name}"].double() for r in range(world)]
+                if before is None:
+                    before = torch.full_like(after[0], start)
+                    ours = [before] * len(per_process)
+                batches = [(rank_after - 0.9 * before) / 0.1 for rank_after in after]
+                before = after[0]
+                groups = [batches] if len(per_process) == 1 else [[batch] for batch in batches]
+                for process, outputs in enumerate(per_process):
+                    for batch in groups[process]:
+                        ours[process] = 0.9 * ours[process] + 0.1 * batch
+                    close(outputs[f"step{step}.{name}"].double(), ours[process], atol)
+
+
+def check_end(description, expected, outputs, world, dtype):
+    """Gradients of the first step, momentum buffers and final parameters."""
+    precision, exact = PRECISIONS[dtype], dtype == "float64"
+    finals = [key.removeprefix(f"{precision}.") for key in expected if key.startswith(f"{precision}.final.encoder")]
+    finals = [key for key in finals if "running" not in key and "num_batches" not in key]
+    if exact:
+        gradients = [key for key in expected if key.startswith(("step0.grad.", "final.momentum."))]
+        for key in gradients:
+            close(outputs[key], expected[key], 1e-6 * expected[key].abs().max().item())
+        for key in finals:
+            close(outputs[key], expected[f"f64.{key}"], 1e-9)
+        digests = [key for key in expected if key.startswith("f64.digest.") and "running" not in key]
+        for key in digests:
+            value = outputs[key.removeprefix("f64.digest.")]
+            close(digest(value), expected[key], 1e-9 * max(1, value.double().abs().sum().item()))
+        assert len(finals) + len(digests) >= 4 and len(gradients) + len(digests) >= 4
+    elif max(description[f"w{world}_tolerance"]["f32_logits_atol"]) <= WELL_CONDITIONED or world == 1:
+        tolerance = 1e-4 if description["config"]["version"] == "v1" else 1e-5
+        for key in finals:
+            close(outputs[key], expected[f"f32.{key}"], tolerance)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name, world", TRAJECTORIES)
+def test_golden_trajectory_on_one_process(golden, name, world, dtype):
+    """One process; where the reference had two, its BatchNorm groups are micro-batches of this one."""
+    description, expected = read(golden, name, world)
+    bn_batch = description["config"]["batch"] // world
+    outputs = run_trajectory(golden, name, getattr(torch, dtype), bn_batch, Accelerator(cpu=True))
+    check_steps(description, expected, outputs, world, dtype)
+    check_statistics(description, expected, [outputs], world, dtype)
+    check_end(description, expected, outputs, world, dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", [name for name, world in TRAJECTORIES if world == 2])
+def test_golden_trajectory_on_two_processes(golden, name, dtype, tmp_path):
+    """Two gloo processes, each encoding its half of the shuffled keys as one BatchNorm group."""
+    description, expected = read(golden, name, 2)
+    done = run_script("tests/trajectory.py", golden, name, dtype, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    ranks = [load_file(tmp_path / f"{name}_{dtype}_rank{rank}.safetensors") for rank in (0, 1)]
+    for key in ranks[0]:
+        if not key.endswith(("logits", "running_mean", "running_var")):
+            assert ranks[0][key].equal(ranks[1][key]), f"{key} differs between the processes"
+    for step in range(description["config"]["steps"]):
+        ranks[0][f"step{step}.logits"] = torch.cat([rank[f"step{step}.logits"] for rank in ranks])
+    check_steps(description, expected, ranks[0], 2, dtype)
+    check_statistics(description, expected, ranks, 2, dtype)
+    check_end(description, expected, ranks[0], 2, dtype)

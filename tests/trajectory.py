@@ -1,0 +1,136 @@
+"""A few steps of MoCo on stored inputs, as train_moco.py takes them; test_golden.py compares every number.
+
+Run as a script it is one of two gloo processes:
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/trajectory.py GOLDEN_FOLDER NAME DTYPE OUTPUT_FOLDER
+"""
+
+import copy
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from moco.contrast import KeyQueue, contrastive_logits
+from moco.encoder import build_encoder, momentum_update
+from moco.shuffle import encode_keys
+
+
+def tiny_resnet(width, layers, dim, mlp):
+    """The golden numbers' small encoder: a ResNet of BasicBlocks with every channel count divided by 64 / width."""
+    encoder = ResNet(BasicBlock, layers, num_classes=dim)
+    encoder.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+    encoder.bn1 = nn.BatchNorm2d(width)
+    encoder.inplanes = width
+    for i, blocks in enumerate(layers):
+        stage = encoder._make_layer(BasicBlock, width * 2**i, blocks, stride=1 if i == 0 else 2)
+        setattr(encoder, f"layer{i + 1}", stage)
+    encoder.fc = nn.Linear(8 * width, dim)
+    if mlp:
+        encoder.fc = nn.Sequential(nn.Linear(8 * width, 8 * width), nn.ReLU(), encoder.fc)
+    return encoder
+
+
+def recipe_weights(shapes, base_seed):
+    """Weights that are not stored but computed, see "Recipe for moco_v2_resnet18" of the golden numbers."""
+    weights = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        u = np.random.RandomState(base_seed + i).random_sample(shape) * 2 - 1
+        if len(shape) == 4:
+            u = u * np.sqrt(6 / np.prod(shape[1:]))
+        elif len(shape) == 2:
+            u = u / np.sqrt(shape[1])
+        else:
+            u = 1 + 0.1 * u if name.endswith("weight") else 0.1 * u
+        weights[name] = torch.from_numpy(u.astype(np.float32))
+    return weights
+
+
+def initial_encoder(description, inputs):
+    """The query encoder of step 0 with the stored or computed weights."""
+    config = description["config"]
+    if "full" in config:
+        encoder = build_encoder(config["full"], config["dim"], "mlp" if config["mlp"] else "fc")
+        shapes = {name: tuple(value.shape) for name, value in encoder.named_parameters()}
+        assert list(shapes) == description["param_names"]
+        weights = recipe_weights(shapes, description["recipe"]["base_seed"])
+        for name, check in description["recipe"]["checks"].items():
+            torch.testing.assert_close(weights[name].flatten()[:4].tolist(), check["first"], rtol=0, atol=0)
+        missing, unexpected = encoder.load_state_dict(weights, strict=False)
+        assert not unexpected and all("running" in name or "num_batches" in name for name in missing)
+        return encoder
+    encoder = tiny_resnet(config["width"], config["layers"], config["dim"], config["mlp"])
+    prefix = "init.encoder_q."
+    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)})
+    return encoder
+
+
+def run_trajectory(golden, name, dtype, bn_batch, accelerator):
+    """Steps of Algorithm 1 on this process's rows; returns a dict of tensors named as the golden files name them.
+
+    bn_batch: images in a BatchNorm group; several groups a process make what the reference needs several GPUs for.
+    """
+    description = json.loads((golden / "moco" / f"{name}.json").read_text())
+    config, inputs = description["config"], load_file(golden / "moco" / f"{name}_inputs.safetensors")
+    query_encoder = initial_encoder(description, inputs).to(dtype)
+    key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
+    queue = KeyQueue(config["K"], config["dim"]).to(dtype)
+    queue.keys.copy_(inputs["init.queue"].T)
+    optimizer = torch.optim.SGD(
+        query_encoder.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"]
+    )
+    names = [name for name, _ in query_encoder.named_parameters()]
+    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
+    bare_query_encoder = accelerator.unwrap_model(query_encoder)
+
+    n, rank = config["batch"] // accelerator.num_processes, accelerator.process_index
+    mine = slice(rank * n, (rank + 1) * n)
+    outputs = {}
+    for step in range(config["steps"]):
+        query_images, key_images = (inputs[f"step{step}.im_{x}"][mine].to(dtype) / 32 for x in "qk")
+        momentum_update(query_encoder, key_encoder, config["m"])
+        order = inputs[f"step{step}.idx_shuffle"]
+        all_keys = encode_keys(key_encoder, key_images, order, bn_batch, accelerator)
+        groups = list(zip(query_images.split(bn_batch), all_keys[mine].split(bn_batch), strict=True))
+        step_logits = []
+        for i, (images, positives) in enumerate(groups):
+            with accelerator.no_sync(query_encoder) if i < len(groups) - 1 else nullcontext():
+                q = F.normalize(query_encoder(images), dim=1)
+                logits = contrastive_logits(q, positives, queue.keys, config["T"])
+                loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+                accelerator.backward(loss / len(groups))
+            step_logits.append(logits.detach())
+        if step == 0:
+            outputs |= {f"step0.grad.{name}": p.grad.clone() for name, p in zip(names, query_encoder.parameters())}
+        optimizer.step()
+        optimizer.zero_grad()
+        queue.enqueue(all_keys)
+        outputs[f"step{step}.logits"] = torch.cat(step_logits)
+        outputs[f"step{step}.queue"] = queue.keys.T.clone().contiguous()
+        outputs[f"step{step}.queue_ptr"] = queue.cursor.clone()[None]
+        for which, encoder in (("q", bare_query_encoder), ("k", key_encoder)):
+            outputs[f"step{step}.encoder_{which}.bn1.running_mean"] = encoder.bn1.running_mean.clone()
+            outputs[f"step{step}.encoder_{which}.bn1.running_var"] = encoder.bn1.running_var.clone()
+    for which, encoder in (("q", bare_query_encoder), ("k", key_encoder)):
+        outputs |= {f"final.encoder_{which}.{name}": value for name, value in encoder.state_dict().items()}
+    for name, parameter in zip(names, query_encoder.parameters()):
+        outputs[f"final.momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    return outputs
+
+
+if __name__ == "__main__":
+    golden, name, dtype, output = sys.argv[1:]
+    torch.set_num_threads(1)
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    config = json.loads((Path(golden) / "moco" / f"{name}.json").read_text())["config"]
+    per_process = config["batch"] // accelerator.num_processes
+    outputs = run_trajectory(Path(golden), name, getattr(torch, dtype), per_process, accelerator)
+    save_file(outputs, Path(output) / f"{name}_{dtype}_rank{accelerator.process_index}.safetensors")
+    accelerator.end_training()
