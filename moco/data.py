@@ -1,0 +1,263 @@
+"""A data name becomes batches of uint8 crops: the built-in shapes, a folder of images, or a dataset on the Hub.
+
+Training batches are a function of (seed, step): step s takes its rows of the permutation of its epoch, and each image
+its crops from (seed, epoch, image). No state travels from one batch to the next, so a run resumes at any step with any
+number of workers, and one process reads what several read together.
+"""
+
+import io
+import itertools
+import sys
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from moco.augment import crop_pair, random_crop_boxes
+from moco.errors import UserError
+from moco.shapes import shapes_dataset
+
+MAX_UNDECODABLE = 0.05  # share of the images of an epoch above which the data is at fault, not some files
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on damaged files
+
+
+# ---- a name -> datasets with the columns "image" (not decoded) and, where there are labels, "label"
+
+
+def load_splits(name, image_column=None, label_column=None):
+    """The images that `name` stands for, as (train, test) Hugging Face datasets; test is None where there is no split.
+
+    name: "shapes"; a folder (a folder of images for each class, or flat, below train/ and val/ if there is a split;
+    or parquet files; or what `save_to_disk` wrote); or USER/NAME on the Hub, which is downloaded and kept on disk.
+    Raises UserError for a name, folder or column that is not there.
+    """
+    if name == "shapes":
+        return shapes_dataset("train"), shapes_dataset("test")
+    folder = Path(name)
+    if not folder.is_dir():
+        check_hub_name(name)
+    try:
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            splits = datasets.load_from_disk(name)
+        else:
+            splits = datasets.load_dataset(name)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(
+            f"--data {name} is not open to you ({first_line(error)}); accept the terms on"
+            f" https://huggingface.co/datasets/{name}, then run `hf auth login`"
+        ) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--data {name} cannot be read as images: {first_line(error)}") from error
+    if isinstance(splits, datasets.Dataset):
+        splits = {"train": splits}
+    train = splits["train" if "train" in splits else next(iter(splits))]
+    test = next((splits[split] for split in ("validation", "test") if split in splits), None)
+    if test is train:
+        test = None
+    return tuple(split and select_columns(split, name, image_column, label_column) for split in (train, test))
+
+
+def check_hub_name(name):
+    """Raise UserError at once for a name that is no folder and that the Hub does not have or does not answer for."""
+    if not 1 <= name.count("/") <= 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=20)
+    except huggingface_hub.errors.HfHubHTTPError as error:
+        raise UserError(
+            f"--data {name} is neither a folder here nor a dataset you can read on the Hub ({first_line(error)}); check"
+            f" the name, or if it is private or gated accept its terms on the Hub and run `hf auth login`"
+        ) from error
+    except Exception as error:  # no network, no answer, offline mode: each client library has its own exceptions
+        try:
+            datasets.load.CachedDatasetModuleFactory(name).get_module()
+        except FileNotFoundError:
+            raise UserError(
+                f"--data {name} is neither a folder here nor downloaded before, and the Hub cannot be reached"
+                f" ({first_line(error)}); once it can: accept the dataset's terms there if it asks, `hf auth login`"
+            ) from error
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+
+
+def select_columns(dataset, name, image_column, label_column):
+    """Keep the image and, if there is one, the label, under those names; images stay encoded."""
+    features = dataset.features
+    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
+        if column is not None and column not in features:
+            raise UserError(f"{flag} {column} is not in {name}, whose columns are {', '.join(features)}")
+    if image_column is None:
+        images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+        if len(images) != 1:
+            raise UserError(
+                f"--data {name} has {len(images)} columns of images among {', '.join(features) or 'none'};"
+                " it must hold images (jpg, png ...), and of several columns --image-column must name one"
+            )
+        image_column = images[0]
+    if label_column is None:
+        classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        label_column = classes[0] if len(classes) == 1 else "label" if "label" in features else None
+    dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
+    dataset = dataset.rename_columns({image_column: "image"} | ({label_column: "label"} if label_column else {}))
+    try:
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--image-column {image_column} of {name} does not hold images: {first_line(error)}") from error
+
+
+# ---- one image
+
+
+def decode_image(record):
+    """An encoded image, {"bytes", "path"}, of which one may be None -> (H, W, 3) uint8 array.
+
+    JPEGs are decoded by simplejpeg, bit for bit as by Pillow and faster; what it refuses (CMYK, damage) and every other
+    format by Pillow. Gray, palette and RGBA images become RGB, 16 bits become 8. Raises one of UNDECODABLE.
+    """
+    data = record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
+    if data[:2] == b"\xff\xd8":
+        try:
+            return simplejpeg.decode_jpeg(data)
+        except ValueError:
+            pass
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_image(dataset, index):
+    """Row `index` decoded, or the nearest row after it that can be.
+
+    Returns (image, row, [(name, reason) of the undecodable]).
+    """
+    undecodable = []
+    for row in range(index, index + len(dataset)):
+        row %= len(dataset)
+        record = dataset[row]["image"]
+        try:
+            return decode_image(record), row, undecodable
+        except UNDECODABLE as error:
+            undecodable.append((record["path"] or f"row {row}", first_line(error)))
+    raise UserError(f"none of the {len(dataset)} images can be decoded; the first: {': '.join(undecodable[0])}")
+
+
+# ---- training batches
+
+
+class CropPairs(Dataset):
+    """Two random crops of each image of a batch.
+
+    Item [(epoch, index), ...] is (views (n, 2, size, size, 3) uint8, [(name, reason) of undecodable images]).
+    """
+
+    def __init__(self, dataset, size, seed):
+        self.dataset, self.size, self.seed = dataset, size, seed
+
+    def __getitem__(self, keys):
+        views = torch.empty(len(keys), 2, self.size, self.size, 3, dtype=torch.uint8)
+        undecodable = []
+        for view, (epoch, index) in zip(views, keys, strict=True):
+            image, _, failed = read_image(self.dataset, index)
+            boxes = random_crop_boxes(*image.shape[:2], crop_generator(self.seed, epoch, index))
+            view.copy_(crop_pair(image, boxes, self.size))
+            undecodable += failed
+        return views, undecodable
+
+
+def crop_generator(seed, epoch, index):
+    """The source of the crops of one image in one epoch."""
+    return np.random.default_rng([*b"crop", seed, epoch, index])
+
+
+def batch_keys(images, batch_size, seed, start, rank, world):
+    """Endless [(epoch, index), ...] of one process, from step `start` on.
+
+    Each epoch is a fresh permutation of all images; its remainder below a batch is dropped, another one each epoch.
+    """
+    steps_per_epoch, n = images // batch_size, batch_size // world
+    permuted = None
+    for step in itertools.count(start):
+        epoch, position = divmod(step, steps_per_epoch)
+        if permuted is None or position == 0:
+            permuted = np.random.default_rng([*b"order", seed, epoch]).permutation(images)
+        first = position * batch_size + rank * n
+        yield [(epoch, index) for index in permuted[first : first + n].tolist()]
+
+
+def train_batches(dataset, size, batch_size, seed, start, rank, world, workers):
+    """Endless batches of this process's rows, from global step `start` on; see CropPairs for what a batch is."""
+    keys = batch_keys(len(dataset), batch_size, seed, start, rank, world)
+    return iter(loader(CropPairs(dataset, size, seed), keys, workers))
+
+
+def loader(dataset, keys, workers):
+    """A DataLoader whose items are whole batches, in order."""
+    return DataLoader(
+        dataset,
+        sampler=keys,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+# ---- evaluation batches
+
+
+class CenterCrops(Dataset):
+    """Fixed crops for evaluation: short side resized to size * 256 / 224, then the centre, as the papers test.
+
+    Item [index, ...] is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason) of undecodable images]).
+    An undecodable image is replaced by its neighbour, label included.
+    """
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+
+    def __getitem__(self, indices):
+        crops = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
+        labels, undecodable = torch.empty(len(indices), dtype=torch.long), []
+        for i, index in enumerate(indices):
+            image, row, failed = read_image(self.dataset, index)
+            crops[i] = center_crop(image, self.size)
+            labels[i] = self.dataset[row]["label"]
+            undecodable += failed
+        return crops, labels, undecodable
+
+
+def center_crop(image, size):
+    """(H, W, 3) uint8 array -> (size, size, 3) uint8 tensor: the centre of the image resized to size * 256 / 224."""
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    height, width = image.shape[:2]
+    short = round(size * 256 / 224)
+    scaled = (short, short * width // height) if height <= width else (short * height // width, short)
+    resized = F.interpolate(pixels, scaled, mode="bilinear", antialias=True)
+    top, left = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0)
+
+
+# ---- what could not be decoded
+
+
+def name_undecodable(failed, named, accelerator):
+    """Print each undecodable image once, on the main process. All processes call it together.
+
+    failed: this process's [(name, reason), ...]. named: the set of names printed before, which grows.
+    """
+    for name, reason in gather_object(failed):
+        if name not in named:
+            named.add(name)
+            if accelerator.is_main_process:
+                tqdm.write(f"cannot decode {name} ({reason}): its neighbour takes its place", file=sys.stderr)

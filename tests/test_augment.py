@@ -1,0 +1,201 @@
+"""Crops and the device augmentation beside torchvision's and Pillow's functions. pytest tests/test_augment.py"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from moco.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    MEAN,
+    RECIPES,
+    SATURATION,
+    STD,
+    ViewAugment,
+    crop_pair,
+    normalize,
+    random_crop_boxes,
+    sample_params,
+    to_float,
+)
+
+
+def slow_view(image, recipe, factors, order, gray, sigma, flip):
+    """One view, (S, S, 3) uint8, through torchvision's functions one at a time, in the recipe's order."""
+
+    def jitter(x):
+        for operation in order.tolist():
+            factor = factors[operation].item()
+            if operation == BRIGHTNESS:
+                x = TF.adjust_brightness(x, factor)
+            elif operation == CONTRAST:
+                x = TF.adjust_contrast(x, factor)
+            elif operation == SATURATION:
+                x = TF.adjust_saturation(x, factor)
+            elif operation == HUE:
+                x = TF.adjust_hue(x, factor)
+        return x
+
+    def grayscale(x):
+        return TF.rgb_to_grayscale(x, num_output_channels=3) if gray else x
+
+    x = image.permute(2, 0, 1).float() / 255
+    x = jitter(grayscale(x)) if recipe == "v1" else grayscale(jitter(x))
+    if sigma > 0:
+        x = TF.gaussian_blur(x, 13, sigma.item() * x.shape[-1] / 224)
+    if flip:
+        x = TF.hflip(x)
+    return TF.normalize(x, MEAN, STD)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("size, n", [(32, 64), (224, 6)])
+def test_device_augmentation_equals_torchvision_per_sample(recipe, size, n):
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(n * 2, 3, 6, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+    noisy = (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
+    views = (noisy * 255).byte().permute(0, 2, 3, 1).reshape(n, 2, size, size, 3)
+    views[0, 0] = 77  # gray all over: no hue
+    params = sample_params(recipe, n, seed=3, step=9)
+    augmented = ViewAugment(recipe)(views, params)
+    for i, view in itertools.product(range(n), range(2)):
+        expected = slow_view(views[i, view], recipe, **{name: values[i, view] for name, values in params.items()})
+        torch.testing.assert_close(augmented[view][i], expected, rtol=0, atol=1e-5 / min(STD))
+
+
+def test_views_come_back_as_channels_last_halves():
+    views = torch.randint(0, 256, (4, 2, 16, 16, 3), dtype=torch.uint8)
+    query_images, key_images = ViewAugment("v2")(views, sample_params("v2", 4, 0, 0))
+    assert query_images.shape == key_images.shape == (4, 3, 16, 16)
+    assert query_images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_process_sees_its_slice_of_the_global_batch():
+    views = torch.randint(0, 256, (6, 2, 16, 16, 3), dtype=torch.uint8)
+    params, augment = sample_params("v2", 6, seed=0, step=4), ViewAugment("v2")
+    whole = augment(views, params)
+    for mine in (slice(0, 3), slice(3, 6)):
+        part = augment(views[mine], {name: values[mine] for name, values in params.items()})
+        for view in range(2):
+            torch.testing.assert_close(part[view], whole[view][mine], rtol=0, atol=1e-6)
+
+
+# ---- frequencies: 20,000 draws, five standard deviations
+
+DRAWS = 20_000
+
+
+def within(count, draws, probability):
+    return abs(count - draws * probability) < 5 * math.sqrt(draws * probability * (1 - probability)) + 1e-9
+
+
+@pytest.mark.parametrize("recipe, jitter_p, blur_p", [("v1", 1.0, 0.0), ("v2", 0.8, 0.5)])
+def test_frequencies_are_the_papers(recipe, jitter_p, blur_p):
+    params = sample_params(recipe, DRAWS, seed=0, step=0)
+    for view in range(2):
+        jittered = (params["factors"][:, view] != torch.tensor([1.0, 1, 1, 0])).any(dim=1)
+        assert within(jittered.sum().item(), DRAWS, jitter_p)
+        assert within(params["gray"][:, view].sum().item(), DRAWS, 0.2)
+        assert within((params["sigma"][:, view] > 0).sum().item(), DRAWS, blur_p)
+        assert within(params["flip"][:, view].sum().item(), DRAWS, 0.5)
+
+
+def test_every_operation_takes_every_place_and_all_24_orders_are_equally_likely():
+    orders = sample_params("v2", DRAWS, seed=1, step=0)["order"][:, 0]
+    for operation, place in itertools.product(range(4), range(4)):
+        assert within((orders[:, place] == operation).sum().item(), DRAWS, 1 / 4)
+    _, counts = orders.unique(dim=0, return_counts=True)
+    assert len(counts) == 24 and all(within(count, DRAWS, 1 / 24) for count in counts.tolist())
+
+
+def test_the_two_views_are_drawn_apart():
+    params = sample_params("v2", DRAWS, seed=2, step=0)
+    for name, p in (("gray", 0.2), ("flip", 0.5)):
+        both = (params[name][:, 0] & params[name][:, 1]).sum().item()
+        assert within(both, DRAWS, p * p)
+    assert within((params["order"][:, 0] == params["order"][:, 1]).all(dim=1).sum().item(), DRAWS, 1 / 24)
+
+
+@pytest.mark.parametrize("recipe, hue", [("v1", 0.4), ("v2", 0.1)])
+def test_factors_are_uniform_in_their_ranges(recipe, hue):
+    params = sample_params(recipe, DRAWS, seed=4, step=0)
+    factors = params["factors"][(params["factors"][..., 0] != 1)]
+    for column, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-hue, hue)]):
+        values = factors[:, column]
+        assert low <= values.min() and values.max() <= high
+        for quarter in range(4):
+            edge = low + (high - low) * quarter / 4
+            inside = ((values >= edge) & (values < edge + (high - low) / 4)).sum().item()
+            assert within(inside, len(values), 1 / 4)
+    sigma = params["sigma"][params["sigma"] > 0]
+    assert recipe == "v1" or (
+        sigma.min() >= 0.1 and sigma.max() <= 2 and within((sigma < 1.05).sum().item(), len(sigma), 0.5)
+    )
+
+
+def test_parameters_depend_on_seed_and_step_alone():
+    first, again, other = (sample_params("v2", 8, 5, step) for step in (3, 3, 4))
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not first["factors"].equal(other["factors"])
+
+
+# ---- crops
+
+
+def test_crop_boxes_are_distributed_as_torchvisions():
+    height, width = 375, 500
+    boxes = np.concatenate([random_crop_boxes(height, width, np.random.default_rng(i)) for i in range(1500)])
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
+
+    def statistics(b):
+        free = np.maximum(height - b[:, 2], 1), np.maximum(width - b[:, 3], 1)
+        columns = (
+            b[:, 2] * b[:, 3] / (height * width),
+            np.log(b[:, 3] / b[:, 2]),
+            b[:, 0] / free[0],
+            b[:, 1] / free[1],
+        )
+        return np.stack([np.quantile(column, np.linspace(0.05, 0.95, 10)) for column in columns])
+
+    spread = np.array([0.23, 0.17, 0.3, 0.3])[:, None]  # standard deviations of the four, about
+    assert (np.abs(statistics(boxes) - statistics(theirs)) < 5 * spread * 2 / math.sqrt(3000) * 1.4).all()
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (20, 20), (10, 400), (400, 10), (1, 1)])
+def test_crop_boxes_stay_inside(height, width):
+    for seed in range(50):
+        for top, left, h, w in random_crop_boxes(height, width, np.random.default_rng(seed)):
+            assert top >= 0 and left >= 0 and h >= 1 and w >= 1 and top + h <= height and left + w <= width
+
+
+def test_where_no_crop_fits_the_largest_centred_one_is_taken():
+    for box in random_crop_boxes(10, 400, np.random.default_rng(0)):
+        assert box.tolist() == [0, 193, 10, 13]
+
+
+def test_crops_are_within_one_level_of_pillows():
+    rng = np.random.default_rng(0)
+    image = np.asarray(Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).resize((500, 375)))
+    boxes = random_crop_boxes(375, 500, rng)
+    crops = crop_pair(image.copy(), boxes, 224)
+    assert crops.shape == (2, 224, 224, 3) and crops.dtype == torch.uint8
+    for crop, (top, left, h, w) in zip(crops, boxes):
+        box = (int(left), int(top), int(left + w), int(top + h))
+        pillow = np.asarray(Image.fromarray(image).crop(box).resize((224, 224), Image.BILINEAR))
+        assert np.abs(crop.numpy().astype(int) - pillow).max() <= 1
+
+
+def test_normalisation_is_imagenets():
+    crops = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    expected = TF.normalize(crops.permute(0, 3, 1, 2) / 255, MEAN, STD)
+    torch.testing.assert_close(normalize(to_float(crops)), expected)

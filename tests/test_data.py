@@ -1,0 +1,231 @@
+"""From files to batches: what is read, in which order, and what happens to files that cannot be.
+
+pytest tests/test_data.py
+"""
+
+import io
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from moco.augment import crop_pair, random_crop_boxes
+from moco.data import (
+    CenterCrops,
+    CropPairs,
+    batch_keys,
+    center_crop,
+    crop_generator,
+    decode_image,
+    load_splits,
+    train_batches,
+)
+from moco.errors import UserError
+
+
+def picture(seed, height=30, width=40, channels=3):
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 5, channels), np.uint8).squeeze()
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+def write_images(folder, n, **kwargs):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        picture(i, **kwargs).save(folder / f"{i:03}.jpg")
+    return folder
+
+
+def encoded(image, format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+# ---- names
+
+
+def test_a_folder_of_classes_gives_images_and_labels(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "pets" / name, 3)
+    train_set, test_set = load_splits(str(tmp_path / "pets"))
+    assert len(train_set) == 6 and test_set is None
+    assert train_set.features["label"].names == ["cat", "dog"] and train_set["label"] == [0] * 3 + [1] * 3
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    train_set, _ = load_splits(str(write_images(tmp_path / "flat", 3)))
+    assert train_set.column_names == ["image"] and len(train_set) == 3
+
+
+def test_train_and_val_folders_are_splits(tmp_path):
+    for split, n in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            write_images(tmp_path / "pets" / split / name, n)
+    train_set, test_set = load_splits(str(tmp_path / "pets"))
+    assert len(train_set) == 6 and len(test_set) == 4
+
+
+def parquet(folder, **columns):
+    """Two parquet files with the images of `picture` in column "img", and other columns."""
+    folder.mkdir()
+    images = [encoded(picture(i), "JPEG") for i in range(4)]
+    features = datasets.Features(img=datasets.Image(), **{name: datasets.Value("int64") for name in columns})
+    whole = datasets.Dataset.from_dict({"img": images, **columns}, features=features)
+    for i in range(2):
+        whole.shard(2, i).to_parquet(folder / f"train-{i}.parquet")
+    whole.save_to_disk(folder.parent / "saved")
+    return str(folder)
+
+
+def test_parquet_files_and_saved_datasets_are_read_whatever_the_columns_are_called(tmp_path):
+    name = parquet(tmp_path / "parquet", coarse=[0, 1, 0, 1], fine=[3, 4, 5, 6])
+    for source in (name, str(tmp_path / "saved")):
+        train_set, _ = load_splits(source)
+        assert train_set.column_names == ["image"]
+        train_set, _ = load_splits(source, image_column="img", label_column="fine")
+        assert train_set["label"] == [3, 4, 5, 6]
+        expected = np.asarray(Image.open(io.BytesIO(encoded(picture(2), "JPEG")["bytes"])))
+        np.testing.assert_array_equal(decode_image(train_set[2]["image"]), expected)
+
+
+def test_names_and_columns_that_are_not_there_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    flat = write_images(tmp_path / "flat", 2)
+    for name, message in {
+        "nosuch": "neither 'shapes'",
+        str(tmp_path / "nosuch"): "neither 'shapes'",
+        str(flat / "000.jpg"): "neither 'shapes'",
+        str(tmp_path / "empty"): "cannot be read as images",
+        str(tmp_path / "texts"): "0 columns of images",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_splits(name)
+    with pytest.raises(UserError, match="--image-column picture is not in .*, whose columns are image"):
+        load_splits(str(flat), image_column="picture")
+
+
+# ---- one image
+
+
+@pytest.mark.parametrize(
+    "mode, format",
+    [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG")],
+)
+def test_every_mode_becomes_rgb_as_pillow_has_it(mode, format):
+    record = encoded(picture(0).convert(mode), format)
+    expected = np.asarray(Image.open(io.BytesIO(record["bytes"])).convert("RGB"))
+    levels = 1 if mode == "CMYK" else 0  # the two round the product of ink and black differently
+    np.testing.assert_allclose(decode_image(record).astype(int), expected.astype(int), rtol=0, atol=levels)
+
+
+def test_sixteen_bits_become_eight_instead_of_white():
+    gray = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    image = decode_image(encoded(Image.fromarray(gray), "PNG"))
+    np.testing.assert_array_equal(image, np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (224, 224), (50, 301)])
+def test_the_evaluation_crop_is_torchvisions(height, width):
+    image = picture(1, height, width)
+    expected = np.asarray(Compose([Resize(256), CenterCrop(224)])(image)).astype(int)
+    assert np.abs(center_crop(np.array(image), 224).numpy() - expected).max() <= 1
+
+
+# ---- batches
+
+
+def test_an_epoch_holds_every_image_at_most_once_and_drops_another_tail_each_time():
+    steps_per_epoch = 103 // 8
+    keys = itertools.islice(batch_keys(103, 8, seed=0, start=0, rank=0, world=1), steps_per_epoch * 2)
+    epochs = {0: [], 1: []}
+    for epoch, index in itertools.chain.from_iterable(keys):
+        epochs[epoch].append(index)
+    assert all(len(indices) == len(set(indices)) == 96 for indices in epochs.values())
+    assert set(epochs[0]) != set(epochs[1]) and epochs[0] != sorted(epochs[0])
+
+
+@pytest.mark.parametrize("start", [0, 5, 12, 13, 40])
+@pytest.mark.parametrize("world", [2, 4])
+def test_keys_start_at_any_step_and_join_to_those_of_one_process(start, world):
+    whole = list(itertools.islice(batch_keys(103, 8, 1, 0, 0, 1), 45))
+    parts = [itertools.islice(batch_keys(103, 8, 1, start, rank, world), 45 - start) for rank in range(world)]
+    joined = [sum(step, []) for step in zip(*parts)]
+    assert joined == whole[start:]
+
+
+@pytest.fixture
+def images(tmp_path):
+    return load_splits(str(write_images(tmp_path / "images", 12)))[0]
+
+
+def test_a_batch_holds_the_two_crops_of_each_image(images):
+    views, undecodable = CropPairs(images, 16, seed=4)[[(0, 3), (2, 7)]]
+    assert views.shape == (2, 2, 16, 16, 3) and views.dtype == torch.uint8 and not undecodable
+    for row, (epoch, index) in zip(views, [(0, 3), (2, 7)]):
+        image = decode_image(images[index]["image"])
+        boxes = random_crop_boxes(*image.shape[:2], crop_generator(4, epoch, index))
+        assert row.equal(crop_pair(image, boxes, 16)) and not row[0].equal(row[1])
+
+
+def test_crops_depend_on_seed_epoch_and_image():
+    draws = [crop_generator(*key).random() for key in itertools.product((0, 1), repeat=3)]
+    assert len(set(draws)) == 8 and draws[3] == crop_generator(0, 1, 1).random()
+
+
+def test_workers_do_not_change_the_batches(images):
+    def first(workers, start):
+        batches = train_batches(images, 16, 4, 0, start, 0, 1, workers)
+        return [next(batches)[0] for _ in range(4)]
+
+    plain = first(workers=0, start=0)
+    assert all(a.equal(b) for a, b in zip(plain, first(workers=2, start=0)))
+    assert all(a.equal(b) for a, b in zip(plain[2:], first(workers=2, start=2)))
+
+
+# ---- files that cannot be decoded
+
+
+def damage(tmp_path, names):
+    folder = write_images(tmp_path / "damaged", 6)
+    for name, content in names.items():
+        (folder / name).write_bytes(content((folder / name).read_bytes()))
+    return load_splits(str(folder))[0]
+
+
+DAMAGE = {"empty": lambda b: b"", "text": lambda b: b"not an image", "truncated": lambda b: b[: len(b) // 2]}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_image_is_named_and_its_neighbour_takes_its_place(tmp_path, kind):
+    images = damage(tmp_path, {"002.jpg": DAMAGE[kind]})
+    views, undecodable = CropPairs(images, 16, seed=0)[[(0, 1), (0, 2)]]
+    assert [name.endswith("002.jpg") for name, reason in undecodable] == [True]
+    boxes = random_crop_boxes(30, 40, crop_generator(0, 0, 2))
+    assert views[1].equal(crop_pair(decode_image(images[3]["image"]), boxes, 16))
+
+
+def test_the_last_images_neighbour_is_the_first(tmp_path):
+    images = damage(tmp_path, {"005.jpg": DAMAGE["text"], "000.jpg": DAMAGE["text"]})
+    _, undecodable = CropPairs(images, 16, seed=0)[[(0, 5)]]
+    assert [name[-7:] for name, _ in undecodable] == ["005.jpg", "000.jpg"]
+
+
+def test_in_evaluation_the_neighbour_brings_its_label(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "pets" / name, 1)
+    (tmp_path / "pets" / "cat" / "000.jpg").write_bytes(b"")
+    crops, labels, undecodable = CenterCrops(load_splits(str(tmp_path / "pets"))[0], 16)[[0, 1]]
+    assert labels.tolist() == [1, 1] and crops[0].equal(crops[1]) and len(undecodable) == 1
+
+
+def test_where_no_image_can_be_decoded_the_user_is_told(tmp_path):
+    images = damage(tmp_path, {f"{i:03}.jpg": DAMAGE["text"] for i in range(6)})
+    with pytest.raises(UserError, match="none of the .* images"):
+        CropPairs(images, 16, seed=0)[[(0, 0)]]

@@ -1,0 +1,86 @@
+"""The built-in data: a pure function of (split, index), with labels and boxes that fit. pytest tests/test_shapes.py"""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco.data import decode_image, load_splits
+from moco.knn import knn_predict
+from moco.shapes import CLASSES, SPLITS, draw_pattern, draw_scene, encode_jpeg
+
+
+def test_a_scene_depends_on_nothing_but_its_arguments():
+    image, labels, boxes = draw_scene("train", 5, objects=3)
+    np.random.seed(1)
+    draw_scene("train", 6)
+    again = draw_scene("train", 5, objects=3)
+    assert all(np.array_equal(one, other) for one, other in zip((image, labels, boxes), again))
+    for other in (draw_scene("test", 5, objects=3), draw_scene("train", 6, objects=3), draw_scene("train", 5)):
+        assert not np.array_equal(image, other[0])
+    assert image.shape == (48, 48, 3) and image.dtype == np.uint8
+
+
+def test_classes_are_drawn_evenly():
+    counts = np.bincount([draw_scene("train", index, size=8)[1][0] for index in range(1000)], minlength=len(CLASSES))
+    assert counts.min() > 70 and counts.max() < 130  # 100 expected, standard deviation 9.5
+
+
+@pytest.mark.parametrize("objects", [1, 4])
+def test_boxes_lie_around_what_is_drawn(objects):
+    """Outside its boxes an image is quiet: brightness changes from pixel to pixel as noise and shading do."""
+    inside, outside = [], []
+    for index in range(40):
+        image, labels, boxes = draw_scene("train", index, size=96, objects=objects)
+        assert 1 <= len(labels) == len(boxes) <= objects
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= 96).all() and (boxes[:, 2:] - boxes[:, :2] > 8).all()
+        change = np.abs(np.diff(image.astype(float).mean(2), axis=1))
+        covered = np.zeros(change.shape, bool)
+        for left, top, right, bottom in boxes.astype(int):
+            covered[max(0, top - 2) : bottom + 2, max(0, left - 3) : right + 2] = True
+        if not covered.all():
+            inside.append(change[covered].mean())
+            outside.append(change[~covered].mean())
+    assert len(outside) > 30
+    assert np.mean(outside) < 0.5 * np.mean(inside)
+    assert np.mean(np.array(outside) < inside) > 0.9
+
+
+def test_no_object_hides_another():
+    for index in range(20):
+        _, _, boxes = draw_scene("test", index, size=96, objects=5)
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        for i, centre in enumerate(centres):
+            others = np.delete(boxes, i, axis=0)
+            assert not ((others[:, :2] < centre) & (centre < others[:, 2:])).all(1).any()
+
+
+def test_every_class_has_its_own_pattern():
+    rows, columns = (np.mgrid[:64, :64] - 32) / 16
+    patterns = np.stack([draw_pattern(label, columns, rows, 1 / 16) for label in range(len(CLASSES))])
+    assert patterns.min() >= 0 and patterns.max() <= 1
+    correlation = np.corrcoef(patterns.reshape(len(CLASSES), -1))
+    assert (np.abs(correlation - np.eye(len(CLASSES))) < 0.8).all()
+
+
+def test_the_data_set_travels_as_jpeg_bytes():
+    train, test = load_splits("shapes")
+    assert (len(train), len(test)) == (SPLITS["train"], SPLITS["test"])
+    image, labels, _ = draw_scene("test", 7)
+    assert train.features["label"].names == list(CLASSES) and test[7]["label"] == labels[0]
+    assert test[7]["image"]["bytes"] == encode_jpeg(image)
+    assert np.array_equal(decode_image(test[7]["image"]), np.asarray(Image.open(io.BytesIO(encode_jpeg(image)))))
+
+
+def test_pixels_alone_do_not_tell_the_classes():
+    def pixels(split, n):
+        scenes = [draw_scene(split, index) for index in range(n)]
+        images = torch.from_numpy(np.stack([scene[0] for scene in scenes])).float()
+        return (images - images.mean((1, 2), keepdim=True)).flatten(1), torch.tensor([scene[1][0] for scene in scenes])
+
+    bank, bank_labels = pixels("train", 1500)
+    features, labels = pixels("test", 300)
+    accuracy = (knn_predict(features, bank, bank_labels, len(CLASSES), k=20).argmax(1) == labels).float().mean().item()
+    assert 0.1 < accuracy < 0.6, accuracy
