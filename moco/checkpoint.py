@@ -1,0 +1,153 @@
+"""Save and resume a run: complete folders of safetensors and JSON, written so that a kill at any moment loses none."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moco.errors import UserError
+
+
+def write_json(path, value):
+    """Write JSON so that readers see the old file or the new one, never half of one."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    sync(partial)
+    os.replace(partial, path)
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save_checkpoint(folder, step, tensors, state, keep):
+    """Write folder/step_N, then remove the oldest complete checkpoints beyond `keep`.
+
+    tensors: {file name: {key: tensor}}, each a safetensors file. state: what JSON can hold.
+    The folder appears under its name only once everything in it is on disk.
+    """
+    final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    checksums = {}
+    for name, values in tensors.items():
+        path = partial / f"{name}.safetensors"
+        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+        sync(path)
+        checksums[path.name] = checksum(path)
+    write_json(partial / "state.json", {"step": step, "sha256": checksums, **state})
+    sync(partial)
+    shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from further back
+    os.replace(partial, final)
+    sync(folder)
+    for old in complete_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def check_equal_state(modules, accelerator):
+    """Raise RuntimeError where modules, {name: module}, differ between processes, which one process is to save.
+
+    Nothing repairs a difference in what lives outside DDP, so none may go unnoticed. All processes call it together.
+    """
+    for name, module in modules.items():
+        sums = torch.stack([value.double().sum() for value in module.state_dict().values()])
+        everywhere = accelerator.gather(sums[None])  # (processes, tensors)
+        if not everywhere.eq(everywhere[0]).all():
+            raise RuntimeError(f"{name} differs between processes: an update is missing on some, or not the same")
+
+
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def complete_checkpoints(folder):
+    """The checkpoints in `folder` that lack no file, oldest first."""
+
+    def is_complete(path):
+        try:
+            names = json.loads((path / "state.json").read_text())["sha256"]
+        except FileNotFoundError:
+            return False
+        except (ValueError, KeyError):
+            return True  # nothing is missing, but damaged, which load_checkpoint reports
+        return all((path / name).exists() for name in names)
+
+    numbered = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(filter(is_complete, numbered), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def load_checkpoint(path):
+    """Read a checkpoint back: ({file name: {key: tensor}}, state). Raises UserError where a file is damaged."""
+    tensors, remedy = {}, f"remove {path} to resume from the checkpoint before it"
+    try:
+        state = json.loads((path / "state.json").read_text())
+        checksums = state["sha256"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path / 'state.json'} is damaged ({error}); {remedy}") from error
+    for name, expected in checksums.items():
+        if checksum(path / name) != expected:
+            raise UserError(f"{path / name} is damaged (its checksum differs); {remedy}")
+        tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+    return tensors, state
+
+
+def optimizer_tensors(optimizer):
+    """An optimizer's per-parameter state as {"parameter.name": tensor}; its settings are not a state but flags."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{parameter}.{name}": torch.as_tensor(value)
+        for parameter, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def load_optimizer_tensors(optimizer, tensors):
+    """Put back what `optimizer_tensors` gave."""
+    whole = optimizer.state_dict()
+    whole["state"] = {}
+    for key, value in tensors.items():
+        parameter, name = key.split(".", 1)
+        whole["state"].setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict(whole)
+
+
+def read_metrics(path):
+    """The lines of metrics.jsonl as dicts, but for one that a kill left half-written at the end."""
+    lines = path.read_text().splitlines()
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def trim_metrics(path, step):
+    """Drop what metrics.jsonl says of later steps, which the resumed run will take again."""
+    partial = Path(f"{path}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
+    sync(partial)
+    os.replace(partial, path)
+
+
+def provenance(processes):
+    """What a run was made with: versions, the commit of this repository where there is one, number of processes."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    names = ("torch", "torchvision", "accelerate", "datasets")
+    return {
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
+        "commit": commit,
+        "processes": processes,
+    }

@@ -1,0 +1,76 @@
+"""Pictures of a run: what the encoders see, and how training went."""
+
+import math
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from moco.augment import MEAN, STD, ViewAugment, random_crop_boxes, sample_params
+from moco.checkpoint import read_metrics
+from moco.data import CropPairs, batch_keys, crop_generator, read_image
+
+
+def save_views(path, dataset, recipe, size, batch_size, seed, columns=8):
+    """The first images of training, a column each: the image with its two crops, the query view and the key view.
+
+    The views are those the encoders get in step 0, made by the same functions; only the normalisation is undone.
+    """
+    rows = next(batch_keys(len(dataset), batch_size, seed, start=0, rank=0, world=1))[:columns]
+    images = [read_image(dataset, index)[0] for _, index in rows]
+    views, _ = CropPairs(dataset, size, seed)[rows]
+    params = sample_params(recipe, batch_size, seed, step=0)
+    pair = ViewAugment(recipe)(views, {name: values[: len(rows)] for name, values in params.items()})
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+
+    figure, axes = plt.subplots(3, len(rows), figsize=(1.5 * len(rows), 5), squeeze=False, layout="constrained")
+    colors = ("tab:blue", "tab:orange")
+    for column, (image, (epoch, index)) in enumerate(zip(images, rows, strict=True)):
+        axes[0, column].imshow(image)
+        boxes = random_crop_boxes(*image.shape[:2], crop_generator(seed, epoch, index))
+        for (top, left, height, width), color, row in zip(boxes, colors, (1, 2), strict=True):
+            frame = plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=color, linewidth=2)
+            axes[0, column].add_patch(frame)
+            axes[row, column].imshow((pair[row - 1][column] * std + mean).clamp(0, 1).permute(1, 2, 0))
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for ax, name, color in zip(axes[:, 0], ("image, two crops", "query", "key"), ("black", *colors), strict=True):
+        ax.set_ylabel(name, color=color)
+    figure.suptitle("The task: match each query with the key below it, among the keys of all other images")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_curves(path, metrics, queue_size):
+    """Loss beside its chance level, contrast accuracy, kNN and learning rate over epochs.
+
+    metrics: path of metrics.jsonl. queue_size: K, for the chance level log(1 + K).
+    """
+    lines = read_metrics(metrics)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    panels = [
+        ("loss", "InfoNCE loss", "tab:blue"),
+        ("accuracy", "contrast accuracy, %", "tab:orange"),
+        ("knn", "kNN accuracy, %", "tab:green"),
+        ("lr", "learning rate", "tab:gray"),
+    ]
+    for ax, (key, title, color) in zip(axes.flat, panels, strict=True):
+        points = [(line["epoch"], line[key]) for line in lines if key in line]
+        if points:
+            ax.plot(*zip(*points, strict=True), color=color, marker="o" if key == "knn" else None)
+        ax.set_title(title)
+        ax.grid(alpha=0.3)
+    chance = math.log(1 + queue_size)
+    scores = [line["knn"] for line in lines if "knn" in line]
+    levels = [(axes[0, 0], chance, f"chance, log(1 + {queue_size}) = {chance:.2f}")]
+    levels += [(axes[1, 0], scores[0], f"random backbone, {scores[0]:.1f} %")] if scores else []
+    for ax, level, label in levels:
+        ax.axhline(level, color="black", linestyle="--", linewidth=1, label=label)
+        ax.legend()
+    for ax in axes[1]:
+        ax.set_xlabel("epoch")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

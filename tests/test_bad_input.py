@@ -1,0 +1,210 @@
+"""Mistakes of the user: one clear line on stderr that names value, limit and remedy, and exit code 2.
+
+pytest tests/test_bad_input.py
+"""
+
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import run_script
+from torch.utils.data import DataLoader, Dataset
+
+import train_moco
+from moco.checkpoint import complete_checkpoints
+from moco.errors import UserError, one_line_errors
+from moco.shapes import draw_scene, encode_jpeg
+
+SMALL = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --batch-size 8 --bn-batch 4 --mixed-precision no"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Ten images without labels."""
+    root = tmp_path_factory.mktemp("images")
+    for index in range(10):
+        (root / f"{index}.jpg").write_bytes(encode_jpeg(draw_scene("train", index)[0]))
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished_run(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "run"
+    flags = SMALL.split() + ["--epochs", "1", "--workers", "0"]
+    done = run_script("train_moco.py", "--data", folder, "--output", output, *flags)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys, tmp_path):
+    """Call main() with flags that it must refuse; returns its one line, progress bars aside."""
+
+    def call(*flags, output=tmp_path / "run"):
+        argv = ["train_moco.py", "--output", str(output), *SMALL.split(), *(str(flag) for flag in flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as stopped, one_line_errors():
+            train_moco.main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples/s]" not in line]
+        assert stopped.value.code == 2
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--recipe v3", "--recipe 'v3' v1-mlp v2"),
+        ("--arch resnet19", "--arch resnet19 resnet18 resnext50_32x4d"),
+        ("--batch-sise 8", "--batch-sise"),
+        ("--lr fast", "--lr 'fast'"),
+        ("--batch-size 10", "--batch-size 10 divisible --bn-batch 4 8 12"),
+        ("--batch-size 2", "--batch-size 2 divisible 4"),
+        ("--batch-size 0", "--batch-size 0 at least 1"),
+        ("--bn-batch 0", "--bn-batch 0 at least 1"),
+        ("--queue-size 0", "--queue-size 0 at least 1"),
+        ("--temperature 0", "--temperature 0.0 above 0"),
+        ("--temperature nan", "--temperature nan above 0"),
+        ("--temperature -0.2", "--temperature -0.2 above 0"),
+        ("--encoder-momentum 1", "--encoder-momentum 1.0 below 1"),
+        ("--encoder-momentum -0.1", "--encoder-momentum -0.1 at least 0"),
+        ("--image-size 15", "--image-size 15 at least 16"),
+        ("--epochs 0", "--epochs 0 at least 1"),
+        ("--lr 0", "--lr 0.0 above 0"),
+        ("--workers -1", "--workers -1 0 or more"),
+        ("--seed -1", "--seed -1 0 or more"),
+    ],
+)
+def test_a_value_outside_its_limits(refuse, folder, tmp_path, flags, words):
+    line = refuse("--data", folder, *flags.split())
+    assert all(word in line for word in words.split()), line
+    assert not (tmp_path / "run").exists()  # refused before anything is written
+
+
+# ---- data
+
+
+@pytest.mark.parametrize("name", ["shape", "no/such/folder", "./nowhere", "/nowhere/at/all"])
+def test_data_that_is_nowhere(refuse, name):
+    line = refuse("--data", name)
+    assert name in line and "neither 'shapes', nor a folder here" in line
+
+
+def test_a_hub_name_while_the_hub_cannot_be_reached(refuse, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
+    line = refuse("--data", "someone/something")
+    assert "someone/something" in line and "hf auth login" in line
+
+
+@pytest.mark.parametrize("flag", ["--image-column", "--label-column"])
+def test_a_column_that_is_not_there(refuse, folder, flag):
+    line = refuse("--data", folder, flag, "picture")
+    assert f"{flag} picture is not in" in line and "whose columns are image" in line
+
+
+def test_an_empty_folder(refuse, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refuse("--data", tmp_path / "empty")
+
+
+def test_a_folder_of_text(refuse, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no image\n" * 20)
+    line = refuse("--data", tmp_path / "text")
+    assert "columns of images" in line and "--image-column" in line
+
+
+def test_a_folder_whose_images_are_none(refuse, tmp_path):
+    (tmp_path / "fake").mkdir()
+    for index in range(10):
+        (tmp_path / "fake" / f"{index}.jpg").write_text("no image")
+    assert "none of the 10 images can be decoded" in refuse("--data", tmp_path / "fake")
+
+
+def test_fewer_images_than_a_batch(refuse, folder):
+    assert "has 10 images, fewer than a batch of 12" in refuse("--data", folder, "--batch-size", 12)
+
+
+# ---- the run folder
+
+
+def test_resume_from_nothing(refuse, folder, tmp_path):
+    assert "no complete checkpoint in" in refuse("--data", folder, "--resume")
+
+
+def test_an_output_that_holds_another_run(refuse, folder, finished_run):
+    line = refuse("--data", folder, output=finished_run)
+    assert str(finished_run) in line and "--resume" in line
+
+
+def test_resume_from_another_recipe(refuse, folder, finished_run):
+    line = refuse("--data", folder, "--recipe", "v1", "--resume", output=finished_run)
+    assert "--recipe v1 cannot resume" in line and "--recipe v2" in line
+
+
+def test_resume_on_other_data(refuse, folder, finished_run, tmp_path):
+    shutil.copytree(folder, tmp_path / "more")
+    shutil.copy(folder / "0.jpg", tmp_path / "more" / "10.jpg")
+    shutil.copytree(finished_run, tmp_path / "run")
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args | {"data": str(tmp_path / "more")}))
+    line = refuse("--data", tmp_path / "more", "--epochs", 1, "--resume")
+    assert "has 11 images" in line and "begun on 10" in line
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip a bit"])
+def test_resume_from_a_damaged_checkpoint(refuse, folder, finished_run, tmp_path, damage):
+    shutil.copytree(finished_run, tmp_path / "run")
+    checkpoint = complete_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    file = checkpoint / "queue.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data if damage == "flip a bit" else data[:-7])
+    line = refuse("--data", folder, "--epochs", 1, "--resume")
+    assert str(checkpoint) in line and "queue.safetensors" in line
+    assert file.exists()  # nothing is thrown away
+
+
+def test_an_output_that_cannot_be_written(refuse, folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = refuse("--data", folder, output=tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in line and "cannot be written" in line
+
+
+# ---- processes
+
+
+def test_a_batch_that_two_processes_cannot_share(folder, tmp_path):
+    flags = SMALL.split() + ["--batch-size", "12"]
+    done = run_script("train_moco.py", "--data", folder, "--output", tmp_path / "run", *flags, processes=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1
+    assert "12 is not divisible by 2 processes" in lines[0] and "use --batch-size 8 or 16" in lines[0]
+
+
+class Failing(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise UserError("the message")
+
+
+def test_a_mistake_found_by_a_worker_is_one_line_on_any_process(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit), one_line_errors():
+        next(iter(DataLoader(Failing(), num_workers=1)))
+    assert capsys.readouterr().err == "error: the message\n"
+
+
+def test_help_is_grouped_and_readable_on_a_screen_and_a_half(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_moco.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        train_moco.parse_args()
+    shown = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0 and len(shown) <= 60 and max(map(len, shown)) <= 120
+    assert {"data:", "recipe:", "encoders and queue:", "optimisation:", "run:"} <= set(shown)

@@ -1,0 +1,96 @@
+"""Checkpoints are complete or absent. Whole runs that are killed and resumed are in test_train.py.
+
+pytest tests/test_checkpoint.py
+"""
+
+import json
+
+import pytest
+import torch
+
+from moco.checkpoint import (
+    complete_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    read_metrics,
+    save_checkpoint,
+    trim_metrics,
+)
+from moco.errors import UserError
+
+
+def tensors(seed=0):
+    weights = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return {
+        "query_encoder": {"conv": weights.to(memory_format=torch.channels_last)},
+        "queue": {"cursor": torch.tensor(5)},
+    }
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    save_checkpoint(tmp_path, 7, tensors(), {"window": {"loss": 0.1 + 0.2}}, keep=2)
+    loaded, state = load_checkpoint(complete_checkpoints(tmp_path)[-1])
+    assert loaded["query_encoder"]["conv"].equal(tensors()["query_encoder"]["conv"])
+    assert loaded["queue"]["cursor"].item() == 5
+    assert state["step"] == 7 and state["window"]["loss"] == 0.1 + 0.2
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (0, 5, 10, 100):
+        save_checkpoint(tmp_path, step, tensors(), {}, keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_10", "step_100"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_100"]
+
+
+@pytest.mark.parametrize("missing", ["state.json", "queue.safetensors"])
+def test_a_folder_that_lacks_a_file_is_no_checkpoint(tmp_path, missing):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(), {}, keep=2)
+    (tmp_path / "step_2" / missing).unlink()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_1"]
+
+
+def test_a_folder_that_was_being_written_is_no_checkpoint_and_is_written_anew(tmp_path):
+    save_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    (tmp_path / "step_1").rename(tmp_path / ".step_1.partial")
+    (tmp_path / ".step_1.partial" / "state.json").unlink()
+    assert complete_checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+@pytest.mark.parametrize("damaged", ["state.json", "queue.safetensors"])
+def test_damage_is_named_with_the_remedy(tmp_path, damaged):
+    save_checkpoint(tmp_path, 3, tensors(), {}, keep=1)
+    path = tmp_path / "step_3" / damaged
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"{damaged} is damaged .*remove .*step_3"):
+        load_checkpoint(complete_checkpoints(tmp_path)[-1])
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, 0.1)])
+def test_an_optimizer_goes_on_exactly(make):
+    def step(parameter, optimizer, seed):
+        parameter.grad = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    parameter = torch.zeros(4, requires_grad=True)
+    optimizer = make([parameter])
+    step(parameter, optimizer, 0)
+    restored = parameter.detach().clone().requires_grad_()
+    saved = {key: value.clone() for key, value in optimizer_tensors(optimizer).items()}
+    other = make([restored])
+    load_optimizer_tensors(other, saved)
+    step(parameter, optimizer, 1)
+    step(restored, other, 1)
+    assert saved and restored.equal(parameter)
+
+
+def test_metrics_are_cut_after_the_step_and_at_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.5}) for step in (0, 10, 20)]
+    path.write_text("\n".join(lines) + '\n{"step": 30, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [0, 10, 20]
+    trim_metrics(path, 10)
+    assert path.read_text() == "\n".join(lines[:2]) + "\n"

@@ -1,0 +1,75 @@
+"""kNN against the golden scores and a slow loop. pytest tests/test_knn.py"""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from moco.data import load_splits
+from moco.encoder import build_encoder
+from moco.knn import extract_features, knn_monitor, knn_predict
+
+
+def test_golden_knn_scores_and_top1(golden):
+    data = load_file(golden / "knn" / "knn.safetensors")
+    description = json.loads((golden / "knn" / "knn.json").read_text())
+    config = description["config"]
+    for temperature in config["T"]:
+        for k in config["k"]:
+            key = f"T{temperature}.k{k}"
+            scores = knn_predict(
+                data["query_features"].double(),
+                data["train_features"].double(),
+                data["train_labels"],
+                config["C"],
+                k,
+                temperature,
+            )
+            torch.testing.assert_close(scores, data[f"{key}.scores"], rtol=1e-9, atol=0)
+            top1 = 100 * (scores.argmax(dim=1) == data["query_labels"]).double().mean().item()
+            assert top1 == pytest.approx(description["results"][key]["dino_top1"])
+
+
+def test_scores_equal_the_loop_of_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    features, bank = torch.randn(5, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    labels = torch.randint(0, 3, (20,), generator=generator)
+    scores = knn_predict(features, bank, labels, classes=3, k=7, temperature=0.5)
+    for row, feature in zip(scores, features):
+        cosines = [torch.cosine_similarity(feature, other, dim=0).item() for other in bank]
+        expected = [0.0] * 3
+        for i in sorted(range(20), key=lambda i: -cosines[i])[:7]:
+            expected[labels[i]] += torch.tensor(cosines[i] / 0.5).exp().item()
+        torch.testing.assert_close(row, torch.tensor(expected))
+
+
+def test_k_is_cut_to_the_bank():
+    features = torch.eye(3)
+    assert knn_predict(features, features, torch.arange(3), classes=3, k=200).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_chunks_do_not_change_the_scores(monkeypatch):
+    features, bank, labels = torch.randn(9, 4), torch.randn(30, 4), torch.arange(30) % 3
+    whole = knn_predict(features, bank, labels, 3)
+    monkeypatch.setattr("moco.knn.SIMILARITIES", 60)  # two rows at a time
+    torch.testing.assert_close(knn_predict(features, bank, labels, 3), whole, rtol=1e-5, atol=0)
+
+
+def test_features_are_the_pooled_ones_in_the_order_of_the_rows():
+    train_set, _ = load_splits("shapes")
+    encoder = build_encoder("resnet10").eval()
+    rows = [5, 3, 300, 5]
+    features, labels, undecodable = extract_features(encoder, train_set, rows, 32, 0, Accelerator(cpu=True))
+    assert features.shape == (4, 512) and features[0].equal(features[3]) and not undecodable
+    assert labels.tolist() == [train_set[row]["label"] for row in rows]
+    assert isinstance(encoder.fc, torch.nn.Sequential)  # the encoder still has its head
+
+
+def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
+    train_set, _ = load_splits("shapes")
+    few = train_set.select(range(100))
+    accuracy, undecodable = knn_monitor(build_encoder("resnet10"), few, None, 32, 0, Accelerator(cpu=True))
+    assert 0 <= accuracy <= 100 and accuracy == pytest.approx(round(accuracy / 5) * 5)  # of 20 queries
+    assert not undecodable

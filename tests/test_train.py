@@ -1,0 +1,317 @@
+"""train_moco.py as users run it: whole runs on one and two processes, killed, resumed, compared.
+
+pytest tests/test_train.py
+"""
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import ROOT, run_script
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import train_moco
+from moco.augment import ViewAugment, sample_params
+from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.data import load_splits, train_batches
+from moco.encoder import build_encoder
+from moco.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.shuffle import shuffle_order
+
+TIMES = {"images_per_second", "data_seconds", "data_share"}  # what two runs of the same numbers differ in
+SMALL = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1".split()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """75 of the built-in images in a folder a class."""
+    root = tmp_path_factory.mktemp("data")
+    for index in range(75):
+        image, labels, _ = draw_scene("train", index)
+        (root / CLASSES[labels[0]]).mkdir(exist_ok=True)
+        (root / CLASSES[labels[0]] / f"{index}.jpg").write_bytes(encode_jpeg(image))
+    return root
+
+
+def train(folder, output, *flags, processes=1):
+    done = run_script("train_moco.py", "--data", folder, "--output", output, *SMALL, *flags, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def metrics_of(output):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(output / "metrics.jsonl")]
+
+
+def final_state(output):
+    return load_checkpoint(complete_checkpoints(output / "checkpoints")[-1])
+
+
+def assert_same_run(output, expected):
+    """Bit for bit the same weights, statistics, queue, optimizer state and metrics."""
+    assert metrics_of(output) == metrics_of(expected)
+    (tensors, state), (expected_tensors, expected_state) = final_state(output), final_state(expected)
+    assert state == expected_state  # with the checksum of every file
+    assert all(value.equal(expected_tensors[name][key]) for name in tensors for key, value in tensors[name].items())
+
+
+# ---- the numbers of a run
+
+
+def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
+    """The script's losses beside the paper's pseudo-code: one encoder call a group, no library of ours in the step."""
+    train(
+        folder, tmp_path / "run", "--batch-size", 16, "--bn-batch", 8, "--epochs", 1, "--workers", 0, "--knn-every", 0
+    )
+    logged = [line["loss"] for line in metrics_of(tmp_path / "run")]
+
+    torch.manual_seed(0)
+    f_q = build_encoder("resnet10", dim=16, head="mlp")
+    f_k = copy.deepcopy(f_q)
+    queue = F.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1).T  # CxK
+    optimizer = torch.optim.SGD(f_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
+    batches = train_batches(load_splits(str(folder))[0], 32, 16, seed=0, start=0, rank=0, world=1, workers=0)
+    for step in range(4):
+        x_q, x_k = ViewAugment("v2")(next(batches)[0], sample_params("v2", 16, 0, step))
+        for p_q, p_k in zip(f_q.parameters(), f_k.parameters()):
+            p_k.data = 0.999 * p_k.data + (1 - 0.999) * p_q.data
+        idx = shuffle_order(0, step, 16)
+        with torch.no_grad():
+            k = F.normalize(torch.cat([f_k(x_k[idx[:8]]), f_k(x_k[idx[8:]])]), dim=1)[idx.argsort()]
+        q = F.normalize(torch.cat([f_q(x_q[:8]), f_q(x_q[8:])]), dim=1)
+        l_pos = torch.bmm(q.view(16, 1, 16), k.view(16, 16, 1)).squeeze(2)
+        l_neg = torch.mm(q, queue)
+        loss = F.cross_entropy(torch.cat([l_pos, l_neg], dim=1) / 0.2, torch.zeros(16, dtype=torch.long))
+        assert logged[step] == pytest.approx(loss.item(), abs=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        queue = torch.cat([queue, k.T], dim=1)[:, 16:]  # first in, first out
+    assert len(logged) == 4
+
+
+def test_one_and_two_processes_take_the_same_steps(folder, tmp_path):
+    """Same images in the same steps, so the same losses, queue and key encoder, for 20 steps.
+
+    One group a process, so that gradients are added in the same order: BatchNorm over few images multiplies a
+    difference in the last bit by a hundred each step.
+    """
+    flags = ["--batch-size", 32, "--bn-batch", 16, "--epochs", 10, "--knn-every", 5, "--workers"]
+    train(folder, tmp_path / "one", *flags, 0)
+    train(folder, tmp_path / "two", *flags, 1, processes=2)
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert len(one) == len(two) == 21
+    for line, other in zip(one, two):
+        assert line.get("loss") == pytest.approx(other.get("loss"), abs=1e-4)
+        assert line.get("lr") == other.get("lr")
+    (tensors, _), (others, _) = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    torch.testing.assert_close(tensors["queue"]["keys"], others["queue"]["keys"], rtol=0, atol=1e-5)
+    assert tensors["queue"]["cursor"].equal(others["queue"]["cursor"])
+    for name, value in tensors["key_encoder"].items():
+        if "running" in name:  # an estimate: one process updates it group by group, two processes average theirs
+            torch.testing.assert_close(value, others["key_encoder"][name], rtol=0.05, atol=0.01)
+        elif "num_batches" not in name:
+            torch.testing.assert_close(value, others["key_encoder"][name], rtol=0, atol=1e-5)
+
+
+# ---- killed and resumed
+
+RUN = [
+    "--batch-size",
+    "16",
+    "--bn-batch",
+    "8",
+    "--epochs",
+    "5",
+    "--checkpoint-every",
+    "3",
+    "--log-every",
+    "2",
+    "--knn-every",
+    "2",
+]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(folder, output, *RUN, "--workers", 0)
+    return output
+
+
+def start(folder, output, *flags):
+    command = [sys.executable, "train_moco.py", "--data", folder, "--output", output, *SMALL, *flags]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for_step(process, output, step):
+    while process.poll() is None:
+        if (output / "metrics.jsonl").exists() and any(
+            line["step"] >= step for line in read_metrics(output / "metrics.jsonl")
+        ):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_twice_and_resumed_is_the_uninterrupted_run(folder, uninterrupted, tmp_path, workers):
+    output = tmp_path / "run"
+    steps = sorted(random.Random(workers).sample(range(4, 17), 2))
+    for attempt, step in enumerate(steps):
+        process = start(folder, output, *RUN, "--workers", workers, *(["--resume"] if attempt else []))
+        wait_for_step(process, output, step)
+        process.kill()
+        process.wait()
+    train(folder, output, *RUN, "--workers", workers, "--resume")
+    assert_same_run(output, uninterrupted)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(folder, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    process = start(folder, output, *RUN, "--workers", 1)
+    wait_for_step(process, output, 4)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    step = final_state(output)[1]["step"]
+    assert step >= 4 and f"stopped after step {step}" in stderr
+    resumed = run_script("train_moco.py", "--output", output, "--resume")  # the flags are in the folder
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(output, uninterrupted)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(folder, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_moco.py"]
+    command += ["--data", folder, "--output", output, *SMALL, *RUN, "--epochs", "500", "--workers", "0"]
+    launcher = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(launcher, output, 4)
+    second = next(p for p in psutil.Process(launcher.pid).children() if p.environ()["RANK"] == "1")
+    second.send_signal(signal.SIGTERM)
+    _, stderr = launcher.communicate(timeout=120)
+    step = final_state(output)[1]["step"]
+    assert f"stopped after step {step}" in stderr and stderr.count("exitcode  : 143") >= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path):
+    output = tmp_path / "run"
+    done = run_script(
+        "train_moco.py", "--data", folder, "--output", output, *SMALL, *RUN, "--workers", 0, "--lr", "1e30"
+    )
+    assert done.returncode == 1
+    step = int(done.stderr.split("the loss is nan at step ")[1].split()[0])
+    assert "on process 0" in done.stderr and "Traceback" not in done.stderr
+    tensors, state = final_state(output)
+    assert state["step"] <= step and all(torch.isfinite(v).all() for v in tensors["query_encoder"].values())
+
+
+# ---- what a run leaves
+
+
+def test_the_backbone_is_torchvisions_without_its_head(uninterrupted):
+    weights = load_file(uninterrupted / "backbone" / "model.safetensors")
+    config = json.loads((uninterrupted / "backbone" / "config.json").read_text())
+    resnet = torchvision.models.resnet.ResNet(torchvision.models.resnet.BasicBlock, **config["model_args"])
+    resnet.fc = nn.Identity()
+    resnet.load_state_dict(weights)  # strict
+    assert config["architecture"] == "resnet18" and config["num_features"] == 512
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32] and config["pretrained_cfg"]["classifier"] == "fc"
+    encoder = final_state(uninterrupted)[0]["query_encoder"]
+    assert all(value.equal(encoder[name]) for name, value in weights.items())
+
+
+def test_the_run_folder_holds_the_flags_the_log_and_the_pictures(uninterrupted):
+    args = json.loads((uninterrupted / "args.json").read_text())
+    assert args["recipe"] == "v2" and args["temperature"] == 0.2 and args["processes"] == 1
+    assert args["versions"]["torch"] == torch.__version__.split("+")[0]
+    for name in ("views.png", "curves.png"):
+        assert min(Image.open(uninterrupted / name).size) > 300
+    lines = read_metrics(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, *range(2, 21, 2)]
+    assert {"step", "epoch", "loss", "accuracy", "lr", "undecodable"} | TIMES <= set(lines[1])
+    assert [line["step"] for line in lines if "knn" in line] == [0, 8, 16, 20]
+
+
+def test_odd_images_without_labels_train_and_are_counted(tmp_path):
+    """Gray, RGBA and a damaged file in a flat folder, a queue larger than the data, every process of the step."""
+    (tmp_path / "flat").mkdir()
+    for index in range(24):
+        image = Image.fromarray(draw_scene("test", index)[0]).convert(("RGB", "L", "RGBA")[index % 3])
+        image.save(tmp_path / "flat" / f"{index:02}.png")
+    (tmp_path / "flat" / "05.png").write_bytes(b"damaged")
+    flags = ["--batch-size", 8, "--bn-batch", 4, "--queue-size", 100, "--epochs", 2, "--workers", 1, "--recipe", "v1"]
+    done = train(tmp_path / "flat", tmp_path / "run", *flags)
+    assert "kNN     off" in done.stdout and "has no labels" in done.stdout
+    assert done.stderr.count("cannot decode") == 1 and "05.png" in done.stderr
+    assert [line["undecodable"] for line in metrics_of(tmp_path / "run")][2::3] == [1, 1]  # at the end of each epoch
+
+
+def test_more_than_five_percent_undecodable_is_an_error(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for index in range(16):
+        data = b"damaged" if index in (3, 7) else encode_jpeg(draw_scene("test", index)[0])
+        (tmp_path / "flat" / f"{index:02}.jpg").write_bytes(data)
+    flags = ["--batch-size", 8, "--bn-batch", 4, "--epochs", 2, "--workers", 0]
+    done = run_script("train_moco.py", "--data", tmp_path / "flat", "--output", tmp_path / "run", *SMALL, *flags)
+    assert done.returncode == 2 and "of 16 images" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize(
+    "recipe, head, augment, temperature, schedule",
+    [
+        ("v1", "fc", "v1", 0.07, "step"),
+        ("v1-mlp", "mlp", "v1", 0.2, "step"),
+        ("v1-aug", "fc", "v2", 0.07, "step"),
+        ("v1-mlp-aug", "mlp", "v2", 0.2, "step"),
+        ("v2", "mlp", "v2", 0.2, "cosine"),
+    ],
+)
+def test_recipes_are_the_rows_of_the_papers(monkeypatch, recipe, head, augment, temperature, schedule):
+    monkeypatch.setattr(sys, "argv", ["train_moco.py", "--recipe", recipe])
+    args = train_moco.parse_args()
+    assert (args.head, args.augment, args.temperature, args.schedule) == (head, augment, temperature, schedule)
+    assert (args.arch, args.data, args.epochs, args.batch_size) == ("resnet50", "ILSVRC/imagenet-1k", 200, 256)
+    assert (args.queue_size, args.encoder_momentum, args.lr, args.dim) == (65536, 0.999, 0.03, 128)
+    assert (args.sgd_momentum, args.weight_decay, args.bn_batch, args.image_size) == (0.9, 1e-4, 32, 224)
+
+
+def test_a_flag_given_wins_over_the_recipe_and_the_built_in_datas_settings(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "train_moco.py --data shapes --recipe v1 --head mlp --lr 0.5".split())
+    args = train_moco.parse_args()
+    assert (args.head, args.lr, args.temperature) == ("mlp", 0.5, 0.07)
+    assert args.arch == train_moco.SHAPES["arch"]
+
+
+def test_state_that_differs_between_processes_is_found():
+    """The check that guards each checkpoint; every other test on two processes passes it."""
+    done = run_script("tests/unequal.py", processes=2)
+    assert done.returncode != 0 and "queue differs between processes" in done.stderr

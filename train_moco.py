@@ -1,0 +1,444 @@
+"""Pre-train an image backbone with momentum contrast, MoCo v1 (arXiv:1911.05722) or v2 (arXiv:2003.04297).
+
+accelerate launch train_moco.py --data shapes          the built-in data, minutes on two CPU cores
+accelerate launch train_moco.py                        the paper's MoCo v2: ResNet-50, ImageNet, 200 epochs
+accelerate launch train_moco.py --output RUN --resume  go on where RUN stopped
+accelerate launch --config_file accelerate_config.yaml train_moco.py --data FOLDER --recipe v1
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import datasets
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+from tqdm import tqdm
+
+from moco.augment import ViewAugment, sample_params
+from moco.backbone import save_backbone
+from moco.checkpoint import (
+    check_equal_state,
+    complete_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    provenance,
+    read_metrics,
+    save_checkpoint,
+    trim_metrics,
+    write_json,
+)
+from moco.contrast import KeyQueue, contrastive_logits
+from moco.data import MAX_UNDECODABLE, load_splits, name_undecodable, read_image, train_batches
+from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
+from moco.errors import UserError, one_line_errors
+from moco.knn import knn_monitor
+from moco.report import save_curves, save_views
+from moco.schedule import learning_rate
+from moco.shuffle import encode_keys, shuffle_order
+
+# The rows of the papers' ablation; each entry is the default of the flag of its name.
+RECIPES = {
+    "v1": {"head": "fc", "augment": "v1", "temperature": 0.07, "schedule": "step"},
+    "v1-mlp": {"head": "mlp", "augment": "v1", "temperature": 0.2, "schedule": "step"},
+    "v1-aug": {"head": "fc", "augment": "v2", "temperature": 0.07, "schedule": "step"},
+    "v1-mlp-aug": {"head": "mlp", "augment": "v2", "temperature": 0.2, "schedule": "step"},
+    "v2": {"head": "mlp", "augment": "v2", "temperature": 0.2, "schedule": "cosine"},
+}
+# What --data shapes changes, so that two CPU cores finish in minutes.
+SHAPES = {
+    "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998, "epochs": 40,
+    "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
+}  # fmt: skip
+# What a resumed run may change; everything else is what its numbers depend on.
+FREE_ON_RESUME = {"output", "resume", "workers", "keep", "checkpoint_every", "tracker"}
+
+
+def parse_args():
+    """The flags. Defaults, from weak to strong: below, the recipe's, the built-in data's, those of the run resumed."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        default="ILSVRC/imagenet-1k",
+        help="'shapes' (built in), a folder, or USER/NAME on the Hub [%(default)s]",
+    )
+    add("--image-column", metavar="NAME", help="column of images, where the data has several")
+    add("--label-column", metavar="NAME", help="column of labels; only the kNN monitor uses them")
+    add("--image-size", type=int, metavar="PIXELS", default=224, help="side of a view [%(default)s]")
+    add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--recipe", choices=RECIPES, default="v2", help="row of the paper's ablation: sets the next four [%(default)s]")
+    add("--head", choices=("fc", "mlp"), help="projection head [%(default)s]")
+    add("--augment", choices=("v1", "v2"), help="v1: gray, jitter; v2: jitter, gray, blur [%(default)s]")
+    add("--temperature", type=float, metavar="T", help="of the softmax over similarities [%(default)s]")
+    add("--schedule", choices=("cosine", "step"), help="step: lr / 10 at 60 %% and 80 %% of the epochs [%(default)s]")
+    add = parser.add_argument_group("encoders and queue").add_argument
+    add("--arch", default="resnet50", help="a torchvision ResNet, or resnet10 [%(default)s]")
+    add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3, no pooling [%(default)s]")
+    add("--dim", type=int, metavar="C", default=128, help="width of queries and keys [%(default)s]")
+    add("--queue-size", type=int, metavar="K", default=65536, help="keys in the queue [%(default)s]")
+    add("--encoder-momentum", type=float, metavar="M", default=0.999, help="of the key encoder [%(default)s]")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, metavar="N", default=200, help="passes over the data [%(default)s]")
+    add("--batch-size", type=int, metavar="N", default=256, help="images a step, over all processes [%(default)s]")
+    add("--bn-batch", type=int, metavar="N", default=32, help="images that share BatchNorm statistics [%(default)s]")
+    add("--lr", type=float, metavar="LR", default=0.03, help="learning rate at the start [%(default)s]")
+    add("--sgd-momentum", type=float, metavar="M", default=0.9, help="of the optimizer [%(default)s]")
+    add("--weight-decay", type=float, metavar="W", default=1e-4, help="on every parameter [%(default)s]")
+    add("--seed", type=int, metavar="N", default=0, help="of weights, queue, order and augmentation [%(default)s]")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
+    add = parser.add_argument_group("run").add_argument
+    add("--output", type=Path, metavar="FOLDER", help="run folder [runs/RECIPE-DATA]")
+    add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
+    add(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        default=1000,
+        help="also on SIGTERM and at the end [%(default)s]",
+    )
+    add("--keep", type=int, metavar="N", default=2, help="checkpoints kept [%(default)s]")
+    add("--log-every", type=int, metavar="STEPS", default=10, help="between lines of metrics.jsonl [%(default)s]")
+    add("--knn-every", type=int, metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none [%(default)s]")
+    add("--tracker", choices=("tensorboard", "wandb"), help="log there too")
+    parser.set_defaults(**RECIPES["v2"])
+
+    def fail(message):
+        raise UserError(message)
+
+    parser.error = fail  # one line, as for every other mistake, in place of the whole usage
+    given, _ = parser.parse_known_args()
+    parser.set_defaults(**RECIPES[given.recipe], **(SHAPES if given.data == "shapes" else {}))
+    args = parser.parse_args()
+    if args.output is None:
+        args.output = Path("runs") / f"{args.recipe}-{Path(args.data).name}"
+    if args.resume:
+        saved = read_run(args.output)
+        parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved and name != "output"})
+        output, args = args.output, parser.parse_args()
+        args.output = output
+        for name in vars(args).keys() - FREE_ON_RESUME:
+            if getattr(args, name) != saved[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} {getattr(args, name)} cannot resume {output}, which has {flag} {saved[name]};"
+                    " leave the flag out, or start a new run with another --output"
+                )
+    return args
+
+
+def read_run(output):
+    """The flags of the run in `output` that is to be resumed."""
+    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
+        raise UserError(
+            f"--resume: no complete checkpoint in {output / 'checkpoints'}; leave --resume out to start a run"
+        )
+    return json.loads((output / "args.json").read_text())
+
+
+def check_args(args, processes):
+    """Raise UserError for values that cannot work, before anything is read or written."""
+    limits = {
+        "image_size": (args.image_size >= 16, "at least 16"),
+        "workers": (args.workers >= 0, "0 or more"),
+        "temperature": (0 < args.temperature < math.inf, "above 0"),
+        "dim": (args.dim >= 1, "at least 1"),
+        "queue_size": (args.queue_size >= 1, "at least 1"),
+        "encoder_momentum": (0 <= args.encoder_momentum < 1, "at least 0 and below 1"),
+        "epochs": (args.epochs >= 1, "at least 1"),
+        "batch_size": (args.batch_size >= 1, "at least 1"),
+        "bn_batch": (args.bn_batch >= 1, "at least 1"),
+        "lr": (0 < args.lr < math.inf, "above 0"),
+        "sgd_momentum": (0 <= args.sgd_momentum < 1, "at least 0 and below 1"),
+        "weight_decay": (0 <= args.weight_decay < math.inf, "0 or more"),
+        "seed": (args.seed >= 0, "0 or more"),
+        "checkpoint_every": (args.checkpoint_every >= 1, "at least 1"),
+        "keep": (args.keep >= 1, "at least 1"),
+        "log_every": (args.log_every >= 1, "at least 1"),
+        "knn_every": (args.knn_every >= 0, "0 (never) or more"),
+        "arch": (args.arch in resnet_names(), f"one of {', '.join(resnet_names())}"),
+    }
+    for name, (good, limit) in limits.items():
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {limit}")
+    unit = processes * args.bn_batch
+    if args.batch_size % unit:
+        below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
+        remedy = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"--batch-size {args.batch_size} is not divisible by {processes} processes of BatchNorm micro-batches of"
+            f" {args.bn_batch} (--bn-batch); use --batch-size {remedy}, or another --bn-batch"
+        )
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()
+    except OSError as error:
+        raise UserError(f"--output {args.output} cannot be written ({error}); name another folder") from error
+    if not args.resume and complete_checkpoints(args.output / "checkpoints"):
+        raise UserError(
+            f"--output {args.output} holds another run; add --resume to go on with it, or name another folder"
+        )
+
+
+def fast_bf16():
+    """Whether bfloat16 makes this machine faster: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def print_settings(args, images, processes):
+    """What the run will do, in the papers' terms."""
+    groups, chance = args.batch_size // processes // args.bn_batch, math.log(1 + args.queue_size)
+    print(
+        f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
+        f"model   {args.arch}, {args.stem} stem, {args.dim} dimensions, encoder momentum {args.encoder_momentum}",
+        f"data    {args.data}: {images} images at {args.image_size} pixels, {images // args.batch_size} steps an epoch",
+        f"batch   {args.batch_size} = {processes} processes x {groups} micro-batches x {args.bn_batch} images",
+        f"SGD     {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum}, weight decay"
+        f" {args.weight_decay}, mixed precision {args.mixed_precision}",
+        f"loss    chance is log(1 + {args.queue_size}) = {chance:.2f}; expect it there at first",
+        f"output  {args.output}",
+        sep="\n",
+    )
+
+
+def finish(accelerator, code, message):
+    """Stop every process with this exit code, saying why once."""
+    if accelerator.is_main_process:
+        print(message, file=sys.stderr)
+    accelerator.end_training()
+    sys.exit(code)
+
+
+def main():
+    # The flag's successor is not in every torch that this runs on.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    args = parse_args()
+    if args.mixed_precision is None and args.data == "shapes" and fast_bf16():
+        args.mixed_precision = "bf16"
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.tracker,
+        project_dir=args.output,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    device, is_main = accelerator.device, accelerator.is_main_process
+    rank, world = accelerator.process_index, accelerator.num_processes
+    check_args(args, world)
+    if device.type == "cpu" and world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count()))  # accelerate launch leaves it one thread
+
+    # ---- data
+    if not is_main:
+        datasets.disable_progress_bars()
+    with accelerator.local_main_process_first():  # what is downloaded or drawn is made once a machine
+        train_set, test_set = load_splits(args.data, args.image_column, args.label_column)
+    if len(train_set) < args.batch_size:
+        raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
+    read_image(train_set, 0)  # where nothing can be decoded, say so now
+    with_knn = args.knn_every > 0 and "label" in train_set.column_names
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    n = args.batch_size // world  # images a process and step
+    mine = slice(rank * n, (rank + 1) * n)  # its rows of the global batch
+    micro_batches = n // args.bn_batch
+
+    # ---- encoders and queue: equal on every process, since their seed and their updates are
+    torch.manual_seed(args.seed)
+    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem).to(memory_format=torch.channels_last)
+    for module in query_encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):  # running statistics look back over equally many steps on any hardware
+            module.momentum = 0.1 / micro_batches
+    key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(device)
+    queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(device)
+    optimizer = torch.optim.SGD(
+        query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
+    )
+    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
+    unwrapped = accelerator.unwrap_model(query_encoder)  # to evaluate and to save
+    augment = ViewAugment(args.augment)
+
+    # ---- the run folder: start one, or go on with one
+    checkpoints, metrics = args.output / "checkpoints", args.output / "metrics.jsonl"
+    modules = {"query_encoder": unwrapped, "key_encoder": key_encoder, "queue": queue}
+    start, window, undecodable = 0, {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
+    if args.resume:
+        tensors, state = load_checkpoint(complete_checkpoints(checkpoints)[-1])
+        if state["images"] != len(train_set):
+            raise UserError(
+                f"--data {args.data} has {len(train_set)} images, {args.output} was begun on {state['images']}"
+            )
+        for name, module in modules.items():
+            module.load_state_dict(tensors[name])
+        load_optimizer_tensors(optimizer, tensors["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        start, window, undecodable = state["step"], state["window"], state["undecodable"]
+    accelerator.wait_for_everyone()  # nobody writes before everybody has read
+    if is_main:
+        print_settings(args, len(train_set), world)
+        if args.resume:
+            trim_metrics(metrics, start)
+            print(f"resume  after step {start}")
+        else:
+            write_json(args.output / "args.json", vars(args) | {"output": str(args.output)} | provenance(world))
+            metrics.write_text("")
+            first_rows = (args.image_size, args.batch_size, args.seed)
+            save_views(args.output / "views.png", train_set, args.augment, *first_rows)
+        if not with_knn:
+            print("kNN     off: " + ("--knn-every 0" if args.knn_every == 0 else f"--data {args.data} has no labels"))
+    if args.tracker:
+        accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
+
+    def log(line):
+        if is_main:
+            with metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def save(step):
+        check_equal_state(modules, accelerator)
+        if is_main:  # so one process can save for all
+            tensors = {name: module.state_dict() for name, module in modules.items()}
+            state = {"images": len(train_set), "window": window, "undecodable": undecodable}
+            if accelerator.scaler is not None:
+                state["scaler"] = accelerator.scaler.state_dict()
+            save_checkpoint(checkpoints, step, tensors | {"optimizer": optimizer_tensors(optimizer)}, state, args.keep)
+            save_curves(args.output / "curves.png", metrics, args.queue_size)
+        accelerator.wait_for_everyone()
+
+    named = set()  # undecodable images, each printed once
+
+    def measure_knn():
+        accuracy, failed = knn_monitor(unwrapped, train_set, test_set, args.image_size, args.workers, accelerator)
+        name_undecodable(failed, named, accelerator)
+        return {"knn": accuracy}
+
+    stopping = []  # signals that came in
+    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    if not args.resume:
+        if with_knn:
+            log({"step": 0, "epoch": 0} | measure_knn())
+        save(0)
+
+    batches = train_batches(train_set, args.image_size, args.batch_size, args.seed, start, rank, world, args.workers)
+    timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
+    positive = torch.zeros(args.bn_batch, dtype=torch.long, device=device)  # the positive is column 0
+    bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main)
+    for step in range(start, total_steps):
+        started = time.perf_counter()
+        views, failed = next(batches)  # (n, 2, S, S, 3) uint8
+        timing["data"] += time.perf_counter() - started
+        epoch = step // steps_per_epoch
+        lr = learning_rate(args.lr, epoch, args.epochs, args.schedule, (0.6 * args.epochs, 0.8 * args.epochs))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        params = sample_params(args.augment, args.batch_size, args.seed, step)
+        params = {name: values[mine] for name, values in params.items()}
+        query_images, key_images = augment(views.to(device, non_blocking=True), params)  # (n, 3, S, S) each
+
+        # ---- a training step: Algorithm 1 of the paper
+        momentum_update(query_encoder, key_encoder, args.encoder_momentum)
+        order = shuffle_order(args.seed, step, args.batch_size)
+        all_keys = encode_keys(key_encoder, key_images, order, args.bn_batch, accelerator)  # keys: (batch, C)
+        groups = zip(query_images.split(args.bn_batch), all_keys[mine].split(args.bn_batch), strict=True)
+        total_loss, correct = 0, 0
+        for i, (images, keys) in enumerate(groups):
+            with nullcontext() if i == micro_batches - 1 else accelerator.no_sync(query_encoder):
+                q = F.normalize(query_encoder(images), dim=1)  # queries: (bn_batch, C)
+                logits = contrastive_logits(q, keys, queue.keys, args.temperature)  # (bn_batch, 1 + K)
+                loss = F.cross_entropy(logits, positive) / micro_batches
+                accelerator.backward(loss)  # gradients add up; the last micro-batch averages them over processes
+            total_loss += loss.detach()
+            correct += (logits.argmax(dim=1) == 0).sum()
+        optimizer.step()
+        optimizer.zero_grad()
+        queue.enqueue(all_keys)
+        average_statistics((unwrapped, key_encoder), accelerator)
+
+        # ---- what every process must know; to read it is the step's only wait for the device
+        told = torch.stack([total_loss, correct, *total_loss.new_tensor([len(failed), len(stopping)])])
+        told = accelerator.gather(told[None]).tolist()  # a row a process
+        for process, (loss, *_) in enumerate(told):
+            if not math.isfinite(loss):
+                kept = complete_checkpoints(checkpoints)[-1]
+                finish(accelerator, 1, f"the loss is {loss} at step {step} on process {process}; {kept} is kept")
+        loss, correct, failures, stop = (sum(column) for column in zip(*told, strict=True))
+        if failures:
+            name_undecodable(failed, named, accelerator)
+            undecodable += int(failures)
+            if undecodable > MAX_UNDECODABLE * len(train_set):
+                raise UserError(f"{undecodable} of {len(train_set)} images of --data {args.data} cannot be decoded")
+        window["steps"] += 1
+        window["loss"] += loss / world
+        window["correct"] += correct
+        timing["steps"] += 1
+        timing["seconds"] += time.perf_counter() - started
+        bar.update()
+
+        # ---- log, evaluate, save
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
+        if done % args.log_every == 0 or epoch_ends:
+            line = {
+                "step": done,
+                "epoch": done / steps_per_epoch,
+                "loss": window["loss"] / window["steps"],
+                "accuracy": 100 * window["correct"] / (window["steps"] * args.batch_size),
+                "lr": lr,
+                "undecodable": undecodable,  # in this epoch
+                "images_per_second": timing["steps"] * args.batch_size / timing["seconds"],
+                "data_seconds": timing["data"],
+                "data_share": timing["data"] / timing["seconds"],
+            }
+            window, timing = {"steps": 0, "loss": 0.0, "correct": 0.0}, {"steps": 0, "seconds": 0.0, "data": 0.0}
+            bar.set_postfix_str(
+                f"loss {line['loss']:.2f}, accuracy {line['accuracy']:.1f} %, {line['images_per_second']:.0f} images/s,"
+                f" {line['data_share']:.0%} waiting for data"
+            )
+            if with_knn and epoch_ends and ((epoch + 1) % args.knn_every == 0 or done == total_steps):
+                line |= measure_knn()
+            log(line)
+        if epoch_ends:
+            undecodable = 0
+        if done % args.checkpoint_every == 0 or done == total_steps or stop:
+            save(done)
+        if stop:
+            finish(accelerator, 143, f"SIGTERM: stopped after step {done}, which is saved; go on with --resume")
+    bar.close()
+
+    # ---- what the run leaves
+    if is_main:
+        settings = json.loads((args.output / "args.json").read_text())
+        tag = "moco_v1" if args.recipe == "v1" else "moco_v2"
+        save_backbone(args.output / "backbone", unwrapped, args.arch, args.image_size, tag, settings)
+        print(f"backbone, views.png and curves.png are in {args.output}")
+        if with_knn:
+            scores = [line["knn"] for line in read_metrics(metrics) if "knn" in line]
+            print(f"kNN accuracy {scores[-1]:.1f} %, of the random backbone at the start {scores[0]:.1f} %")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
