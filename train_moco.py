@@ -41,7 +41,15 @@ from moco.checkpoint import (
     write_json,
 )
 from moco.contrast import KeyQueue, contrastive_logits
-from moco.data import MAX_UNDECODABLE, load_splits, name_undecodable, read_image, train_batches
+from moco.data import (
+    MAX_UNDECODABLE,
+    load_splits,
+    name_undecodable,
+    read_image,
+    row_order,
+    train_batches,
+    train_keys,
+)
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor
@@ -82,6 +90,9 @@ def parse_args():
     )
     add("--image-column", metavar="NAME", help="column of images, where the data has several")
     add("--label-column", metavar="NAME", help="column of labels; only the kNN monitor uses them")
+    add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
+    add("--no-streaming", action="store_true", help="download parquet files instead of reading them where they lie")
+    add("--shuffle-window", type=int, metavar="ROWS", default=800, help="shuffled at a time in a stream [%(default)s]")
     add("--image-size", type=int, metavar="PIXELS", default=224, help="side of a view [%(default)s]")
     add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
     add = parser.add_argument_group("recipe").add_argument
@@ -158,6 +169,7 @@ def check_args(args, processes):
     """Raise UserError for values that cannot work, before anything is read or written."""
     limits = {
         "image_size": (args.image_size >= 16, "at least 16"),
+        "shuffle_window": (args.shuffle_window >= 1, "at least 1"),
         "workers": (args.workers >= 0, "0 or more"),
         "temperature": (0 < args.temperature < math.inf, "above 0"),
         "dim": (args.dim >= 1, "at least 1"),
@@ -251,8 +263,9 @@ def main():
     # ---- data
     if not is_main:
         datasets.disable_progress_bars()
-    with accelerator.local_main_process_first():  # what is downloaded or drawn is made once a machine
-        train_set, test_set = load_splits(args.data, args.image_column, args.label_column)
+    train_set, test_set = load_splits(
+        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
+    )
     if len(train_set) < args.batch_size:
         raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
     read_image(train_set, 0)  # where nothing can be decoded, say so now
@@ -262,6 +275,8 @@ def main():
     n = args.batch_size // world  # images a process and step
     mine = slice(rank * n, (rank + 1) * n)  # its rows of the global batch
     micro_batches = n // args.bn_batch
+    where = (rank, world, args.workers, args.shuffle_window)
+    rows = row_order(train_set, *where[1:])
 
     # ---- encoders and queue: equal on every process, since their seed and their updates are
     torch.manual_seed(args.seed)
@@ -281,7 +296,7 @@ def main():
     # ---- the run folder: start one, or go on with one
     checkpoints, metrics = args.output / "checkpoints", args.output / "metrics.jsonl"
     modules = {"query_encoder": unwrapped, "key_encoder": key_encoder, "queue": queue}
-    start, window, undecodable = 0, {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
+    start, totals, undecodable = 0, {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
     if args.resume:
         tensors, state = load_checkpoint(complete_checkpoints(checkpoints)[-1])
         if state["images"] != len(train_set):
@@ -293,18 +308,34 @@ def main():
         load_optimizer_tensors(optimizer, tensors["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        start, window, undecodable = state["step"], state["window"], state["undecodable"]
+        saved, totals, undecodable = state["step"], state["totals"], state["undecodable"]
+        start = saved
+        if state["rows"] != rows:  # its images of this epoch cannot be told from those to come
+            start = saved // steps_per_epoch * steps_per_epoch
     accelerator.wait_for_everyone()  # nobody writes before everybody has read
     if is_main:
         print_settings(args, len(train_set), world)
         if args.resume:
             trim_metrics(metrics, start)
             print(f"resume  after step {start}")
+            if start < saved:
+                print(
+                    f"        not {saved}: files, processes, workers or window differ, so the epoch starts again in a"
+                    " new order"
+                )
         else:
             write_json(args.output / "args.json", vars(args) | {"output": str(args.output)} | provenance(world))
             metrics.write_text("")
-            first_rows = (args.image_size, args.batch_size, args.seed)
-            save_views(args.output / "views.png", train_set, args.augment, *first_rows)
+            first_rows = next(train_keys(train_set, args.batch_size, args.seed, 0, *where))[0][:8]
+            save_views(
+                args.output / "views.png",
+                train_set,
+                first_rows,
+                args.augment,
+                args.image_size,
+                args.batch_size,
+                args.seed,
+            )
         if not with_knn:
             print("kNN     off: " + ("--knn-every 0" if args.knn_every == 0 else f"--data {args.data} has no labels"))
     if args.tracker:
@@ -320,7 +351,7 @@ def main():
         check_equal_state(modules, accelerator)
         if is_main:  # so one process can save for all
             tensors = {name: module.state_dict() for name, module in modules.items()}
-            state = {"images": len(train_set), "window": window, "undecodable": undecodable}
+            state = {"images": len(train_set), "rows": rows, "totals": totals, "undecodable": undecodable}
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             save_checkpoint(checkpoints, step, tensors | {"optimizer": optimizer_tensors(optimizer)}, state, args.keep)
@@ -336,12 +367,13 @@ def main():
 
     stopping = []  # signals that came in
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
-    if not args.resume:
-        if with_knn:
-            log({"step": 0, "epoch": 0} | measure_knn())
-        save(0)
+    if not args.resume and with_knn:
+        log({"step": 0, "epoch": 0} | measure_knn())
+    if not args.resume or start < saved:
+        save(start)
 
-    batches = train_batches(train_set, args.image_size, args.batch_size, args.seed, start, rank, world, args.workers)
+    keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
+    batches = train_batches(train_set, args.image_size, args.seed, keys, args.workers)
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     positive = torch.zeros(args.bn_batch, dtype=torch.long, device=device)  # the positive is column 0
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main)
@@ -389,9 +421,9 @@ def main():
             undecodable += int(failures)
             if undecodable > MAX_UNDECODABLE * len(train_set):
                 raise UserError(f"{undecodable} of {len(train_set)} images of --data {args.data} cannot be decoded")
-        window["steps"] += 1
-        window["loss"] += loss / world
-        window["correct"] += correct
+        totals["steps"] += 1
+        totals["loss"] += loss / world
+        totals["correct"] += correct
         timing["steps"] += 1
         timing["seconds"] += time.perf_counter() - started
         bar.update()
@@ -403,15 +435,15 @@ def main():
             line = {
                 "step": done,
                 "epoch": done / steps_per_epoch,
-                "loss": window["loss"] / window["steps"],
-                "accuracy": 100 * window["correct"] / (window["steps"] * args.batch_size),
+                "loss": totals["loss"] / totals["steps"],
+                "accuracy": 100 * totals["correct"] / (totals["steps"] * args.batch_size),
                 "lr": lr,
                 "undecodable": undecodable,  # in this epoch
                 "images_per_second": timing["steps"] * args.batch_size / timing["seconds"],
                 "data_seconds": timing["data"],
                 "data_share": timing["data"] / timing["seconds"],
             }
-            window, timing = {"steps": 0, "loss": 0.0, "correct": 0.0}, {"steps": 0, "seconds": 0.0, "data": 0.0}
+            totals, timing = {"steps": 0, "loss": 0.0, "correct": 0.0}, {"steps": 0, "seconds": 0.0, "data": 0.0}
             bar.set_postfix_str(
                 f"loss {line['loss']:.2f}, accuracy {line['accuracy']:.1f} %, {line['images_per_second']:.0f} images/s,"
                 f" {line['data_share']:.0%} waiting for data"

@@ -31,7 +31,7 @@ def sync(path):
 
 
 def save_checkpoint(folder, step, tensors, state, keep):
-    """Write folder/step_N, then remove the oldest complete checkpoints beyond `keep`.
+    """Write folder/step_N, then remove the oldest complete checkpoints beyond `keep`, and any of later steps.
 
     tensors: {file name: {key: tensor}}, each a safetensors file. state: what JSON can hold.
     The folder appears under its name only once everything in it is on disk.
@@ -47,11 +47,13 @@ def save_checkpoint(folder, step, tensors, state, keep):
         checksums[path.name] = checksum(path)
     write_json(partial / "state.json", {"step": step, "sha256": checksums, **state})
     sync(partial)
-    shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from further back
+    shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     sync(folder)
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    complete = complete_checkpoints(folder)
+    here = complete.index(final) + 1
+    for path in complete[: max(0, here - keep)] + complete[here:]:  # later ones: the run went back to this step
+        shutil.rmtree(path)
 
 
 def check_equal_state(modules, accelerator):

@@ -16,14 +16,16 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from moco.augment import crop_pair, random_crop_boxes
-from moco.errors import UserError
+from moco.errors import UserError, first_line
 from moco.shapes import shapes_dataset
+from moco.stream import ParquetImages, read_footers, stream_keys
 
 MAX_UNDECODABLE = 0.05  # share of the images of an epoch above which the data is at fault, not some files
 UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on damaged files
@@ -32,15 +34,18 @@ UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  
 # ---- a name -> datasets with the columns "image" (not decoded) and, where there are labels, "label"
 
 
-def load_splits(name, image_column=None, label_column=None):
-    """The images that `name` stands for, as (train, test) Hugging Face datasets; test is None where there is no split.
+def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True):
+    """The images that `name` stands for, as (train, test) data sets of rows; test is None where there is no split.
 
     name: "shapes"; a folder (a folder of images for each class, or flat, below train/ and val/ if there is a split;
-    or parquet files; or what `save_to_disk` wrote); or USER/NAME on the Hub, which is downloaded and kept on disk.
-    Raises UserError for a name, folder or column that is not there.
+    or parquet files; or what `save_to_disk` wrote); or USER/NAME on the Hub. revision: of a Hub name, None for main.
+    streaming: read parquet files by row group where they lie (ParquetImages); everything else, and parquet files
+    without it, is downloaded or converted once a machine and kept on disk (a Hugging Face dataset).
+    All processes call it together. Raises UserError for a name, folder or column that is not there.
     """
     if name == "shapes":
-        return shapes_dataset("train"), shapes_dataset("test")
+        with PartialState().local_main_process_first():  # drawn once a machine
+            return shapes_dataset("train"), shapes_dataset("test")
     folder = Path(name)
     if not folder.is_dir():
         check_hub_name(name)
@@ -48,21 +53,51 @@ def load_splits(name, image_column=None, label_column=None):
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             splits = datasets.load_from_disk(name)
         else:
-            splits = datasets.load_dataset(name)
+            builder = datasets.load_dataset_builder(name, revision=revision)
+            files = builder.config.data_files or {}
+            if (
+                streaming
+                and files
+                and all(str(path).endswith(".parquet") for paths in files.values() for path in paths)
+            ):
+                return parquet_splits(name, files, image_column, label_column)
+            with PartialState().local_main_process_first():
+                builder.download_and_prepare()
+            splits = builder.as_dataset()
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"--data {name} is not open to you ({first_line(error)}); accept the terms on"
             f" https://huggingface.co/datasets/{name}, then run `hf auth login`"
         ) from error
+    except UserError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--data {name} cannot be read as images: {first_line(error)}") from error
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
-    train = splits["train" if "train" in splits else next(iter(splits))]
-    test = next((splits[split] for split in ("validation", "test") if split in splits), None)
-    if test is train:
-        test = None
-    return tuple(split and select_columns(split, name, image_column, label_column) for split in (train, test))
+    return tuple(split and select_columns(split, name, image_column, label_column) for split in train_and_test(splits))
+
+
+def train_and_test(splits):
+    """Of {split: data}, what to train on and what to test on, or None."""
+    train = "train" if "train" in splits else next(iter(splits))
+    test = next((split for split in ("validation", "test") if split in splits and split != train), None)
+    return splits[train], splits.get(test)
+
+
+def parquet_splits(name, files, image_column, label_column):
+    """(train, test) read by row group. The main process reads the footers, in parallel, and tells the others."""
+    told = [None]
+    if PartialState().is_main_process:
+        told = [[paths and (list(paths), read_footers(paths)) for paths in train_and_test(files)]]
+    splits = []
+    for split in broadcast_object_list(told)[0]:
+        if split is not None:
+            paths, footers = split
+            features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
+            split = ParquetImages(paths, footers, *choose_columns(features, name, image_column, label_column))
+        splits.append(split)
+    return tuple(splits)
 
 
 def check_hub_name(name):
@@ -86,13 +121,8 @@ def check_hub_name(name):
             ) from error
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
-
-
-def select_columns(dataset, name, image_column, label_column):
-    """Keep the image and, if there is one, the label, under those names; images stay encoded."""
-    features = dataset.features
+def choose_columns(features, name, image_column, label_column):
+    """The columns of images and of labels (or None), where the flags leave them open."""
     for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column is not None and column not in features:
             raise UserError(f"{flag} {column} is not in {name}, whose columns are {', '.join(features)}")
@@ -107,6 +137,12 @@ def select_columns(dataset, name, image_column, label_column):
     if label_column is None:
         classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         label_column = classes[0] if len(classes) == 1 else "label" if "label" in features else None
+    return image_column, label_column
+
+
+def select_columns(dataset, name, image_column, label_column):
+    """Keep the image and, if there is one, the label, under those names; images stay encoded."""
+    image_column, label_column = choose_columns(dataset.features, name, image_column, label_column)
     dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
     dataset = dataset.rename_columns({image_column: "image"} | ({label_column: "label"} if label_column else {}))
     try:
@@ -152,19 +188,36 @@ def read_image(dataset, index):
     raise UserError(f"none of the {len(dataset)} images can be decoded; the first: {': '.join(undecodable[0])}")
 
 
+def sample_rows(dataset, n):
+    """A fixed sample of n rows, or all if there are fewer: random ones; of a stream, those of random row groups."""
+    rng = np.random.default_rng([*b"sample"])
+    if not isinstance(dataset, ParquetImages):
+        return rng.permutation(len(dataset))[:n].tolist()
+    rows = []
+    for group in rng.permutation(len(dataset.rows_in_group)):
+        if len(rows) >= n:
+            break
+        rows += range(dataset.first_row[group], dataset.first_row[group + 1])
+    return rows[:n]
+
+
 # ---- training batches
 
 
 class CropPairs(Dataset):
     """Two random crops of each image of a batch.
 
-    Item [(epoch, index), ...] is (views (n, 2, size, size, 3) uint8, [(name, reason) of undecodable images]).
+    Item ([(epoch, index), ...], row groups to read ahead) is (views (n, 2, size, size, 3) uint8,
+    [(name, reason) of undecodable images]).
     """
 
     def __init__(self, dataset, size, seed):
         self.dataset, self.size, self.seed = dataset, size, seed
 
-    def __getitem__(self, keys):
+    def __getitem__(self, item):
+        keys, groups = item
+        if groups:
+            self.dataset.keep(groups)
         views = torch.empty(len(keys), 2, self.size, self.size, 3, dtype=torch.uint8)
         undecodable = []
         for view, (epoch, index) in zip(views, keys, strict=True):
@@ -195,9 +248,22 @@ def batch_keys(images, batch_size, seed, start, rank, world):
         yield [(epoch, index) for index in permuted[first : first + n].tolist()]
 
 
-def train_batches(dataset, size, batch_size, seed, start, rank, world, workers):
-    """Endless batches of this process's rows, from global step `start` on; see CropPairs for what a batch is."""
-    keys = batch_keys(len(dataset), batch_size, seed, start, rank, world)
+def train_keys(dataset, batch_size, seed, start, rank, world, workers, window):
+    """Endless ([(epoch, index), ...], row groups to read ahead) of this process's rows, from global step `start` on."""
+    if isinstance(dataset, ParquetImages):
+        return stream_keys(dataset.rows_in_group, batch_size, seed, start, rank, world, workers, window)
+    return ((keys, ()) for keys in batch_keys(len(dataset), batch_size, seed, start, rank, world))
+
+
+def row_order(dataset, world, workers, window):
+    """What else the order of the rows depends on: a run resumes in mid-epoch only where it is unchanged."""
+    if isinstance(dataset, ParquetImages):
+        return {"files": dataset.fingerprint(), "processes": world, "workers": max(1, workers), "window": window}
+    return {}
+
+
+def train_batches(dataset, size, seed, keys, workers):
+    """Endless batches of the images that `keys`, of `train_keys`, name; see CropPairs for what a batch is."""
     return iter(loader(CropPairs(dataset, size, seed), keys, workers))
 
 

@@ -9,6 +9,11 @@ class UserError(ValueError):
     """Something the user can mend. The message names the value, the limit and the remedy, in one line."""
 
 
+def first_line(error):
+    """An exception of a library in one line, to quote in a message of ours."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+
+
 @contextmanager
 def one_line_errors():
     """Print a UserError as one line on stderr, once a machine, and exit with code 2."""

@@ -2,14 +2,13 @@
 
 import copy
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from moco.augment import normalize, to_float
-from moco.data import CenterCrops, loader
+from moco.data import CenterCrops, loader, sample_rows
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 SIMILARITIES = 2**26  # entries of the similarity matrix at a time: 256 MB in float32
@@ -76,12 +75,12 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
     A fixed sample of at most MONITOR_BANK and MONITOR_QUERIES images, so that it follows training, not more: the full
     evaluation is linear_probe.py's. Returns the accuracy and this process's undecodable images as (name, reason).
     """
-    order = np.random.default_rng([*b"knn"]).permutation(len(train_set)).tolist()
     if test_set is None:
         held_out = min(MONITOR_QUERIES, len(train_set) // 5)
-        test_set, queries, order = train_set, order[:held_out], order[held_out:]
+        sample = sample_rows(train_set, MONITOR_BANK + held_out)
+        test_set, queries, rows = train_set, sample[:held_out], sample[held_out:]
     else:
-        queries = np.random.default_rng([*b"knn"]).permutation(len(test_set)).tolist()[:MONITOR_QUERIES]
-    bank, bank_labels, failed = extract_features(encoder, train_set, order[:MONITOR_BANK], size, workers, accelerator)
+        queries, rows = sample_rows(test_set, MONITOR_QUERIES), sample_rows(train_set, MONITOR_BANK)
+    bank, bank_labels, failed = extract_features(encoder, train_set, rows, size, workers, accelerator)
     features, labels, failed_too = extract_features(encoder, test_set, queries, size, workers, accelerator)
     return knn_accuracy(features, labels, bank, bank_labels, accelerator), failed + failed_too

@@ -6,31 +6,33 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
-from moco.augment import MEAN, STD, ViewAugment, random_crop_boxes, sample_params
+from moco.augment import MEAN, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
 from moco.checkpoint import read_metrics
-from moco.data import CropPairs, batch_keys, crop_generator, read_image
+from moco.data import crop_generator, read_image
+from moco.shapes import CLASSES, draw_scene
 
 
-def save_views(path, dataset, recipe, size, batch_size, seed, columns=8):
-    """The first images of training, a column each: the image with its two crops, the query view and the key view.
+def save_views(path, dataset, keys, recipe, size, batch_size, seed):
+    """Images of the first step, a column each: the image with its two crops, the query view and the key view.
 
-    The views are those the encoders get in step 0, made by the same functions; only the normalisation is undone.
+    keys: [(epoch, index), ...], the first rows of process 0 in step 0; the views are those that the encoders get of
+    them, made by the same functions, only the normalisation is undone.
     """
-    rows = next(batch_keys(len(dataset), batch_size, seed, start=0, rank=0, world=1))[:columns]
-    images = [read_image(dataset, index)[0] for _, index in rows]
-    views, _ = CropPairs(dataset, size, seed)[rows]
+    images = [read_image(dataset, index)[0] for _, index in keys]
+    boxes = [random_crop_boxes(*image.shape[:2], crop_generator(seed, *key)) for image, key in zip(images, keys)]
+    views = torch.stack([crop_pair(image, pair, size) for image, pair in zip(images, boxes)])
     params = sample_params(recipe, batch_size, seed, step=0)
-    pair = ViewAugment(recipe)(views, {name: values[: len(rows)] for name, values in params.items()})
+    pair = ViewAugment(recipe)(views, {name: values[: len(keys)] for name, values in params.items()})
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
-    figure, axes = plt.subplots(3, len(rows), figsize=(1.5 * len(rows), 5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(3, len(keys), figsize=(1.5 * len(keys), 5), squeeze=False, layout="constrained")
     colors = ("tab:blue", "tab:orange")
-    for column, (image, (epoch, index)) in enumerate(zip(images, rows, strict=True)):
+    for column, image in enumerate(images):
         axes[0, column].imshow(image)
-        boxes = random_crop_boxes(*image.shape[:2], crop_generator(seed, epoch, index))
-        for (top, left, height, width), color, row in zip(boxes, colors, (1, 2), strict=True):
+        for (top, left, height, width), color, row in zip(boxes[column], colors, (1, 2), strict=True):
             frame = plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=color, linewidth=2)
             axes[0, column].add_patch(frame)
             axes[row, column].imshow((pair[row - 1][column] * std + mean).clamp(0, 1).permute(1, 2, 0))
@@ -73,4 +75,27 @@ def save_curves(path, metrics, queue_size):
     for ax in axes[1]:
         ax.set_xlabel("epoch")
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_contact_sheet(path, columns=12):
+    """The built-in data: a row a class, the first `columns` test images of each."""
+    rows = [[] for _ in CLASSES]
+    index = 0
+    while min(map(len, rows)) < columns:
+        image, labels, _ = draw_scene("test", index)
+        rows[labels[0]].append(image)
+        index += 1
+    side = len(image)
+    sheet = np.full((len(CLASSES) * (side + 2), columns * (side + 2), 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row[:columns]):
+            sheet[i * (side + 2) :, j * (side + 2) :][:side, :side] = image
+    figure, ax = plt.subplots(figsize=(8, 6))
+    ax.imshow(sheet)
+    ax.set_yticks([(i + 0.5) * (side + 2) for i in range(len(CLASSES))], CLASSES)
+    ax.set_xticks([])
+    for edge in ax.spines.values():
+        edge.set_visible(False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

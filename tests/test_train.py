@@ -25,7 +25,7 @@ from torch import nn
 import train_moco
 from moco.augment import ViewAugment, sample_params
 from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
-from moco.data import load_splits, train_batches
+from moco.data import load_splits, train_batches, train_keys
 from moco.encoder import build_encoder
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.shuffle import shuffle_order
@@ -82,7 +82,9 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
     f_k = copy.deepcopy(f_q)
     queue = F.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1).T  # CxK
     optimizer = torch.optim.SGD(f_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
-    batches = train_batches(load_splits(str(folder))[0], 32, 16, seed=0, start=0, rank=0, world=1, workers=0)
+    images = load_splits(str(folder))[0]
+    keys = train_keys(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    batches = train_batches(images, 32, 0, keys, workers=0)
     for step in range(4):
         x_q, x_k = ViewAugment("v2")(next(batches)[0], sample_params("v2", 16, 0, step))
         for p_q, p_k in zip(f_q.parameters(), f_k.parameters()):

@@ -1,0 +1,282 @@
+"""Images in parquet files, on the Hub or on disk, read by row group as a plan says, without a copy of the data.
+
+The plan is a function of (seed, epoch): a permutation of all row groups, cut at exact row counts into one part for each
+worker of each process, and each part into windows of some hundred rows that are shuffled. So every process takes
+equally many steps and reads its share, each image at most once an epoch, and a run resumes at any step by skipping
+windows unread. What `datasets` streams by itself gives none of these for file counts that the processes do not divide.
+
+A worker holds the row groups of its window and of the next, which it reads ahead: about
+2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups where these are larger.
+"""
+
+import hashlib
+import io
+import itertools
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import unquote
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow.parquet as pq
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+from moco.errors import UserError, first_line
+
+READERS = 4  # row groups a worker reads at a time
+FOOTER_READERS = 16  # footers a process reads at a time
+FOOTER_BYTES = 2**16  # guess of a footer's size; a second request fetches the rest of a larger one
+TIMEOUT = 20  # seconds without a byte after which a connection is given up and tried again
+RETRIES, LONGEST_WAIT = 30, 64  # waits of 1, 2, 4 ... 64, 64 seconds: about 25 minutes in all
+RETRIED = (408, 425, 429, *range(500, 600))  # everything but refusals
+
+
+# ---- bytes
+
+
+def hub_file(path):
+    """The parts of hf://datasets/REPO@REVISION/FILE as (repository, revision, file)."""
+    return tuple(map(unquote, re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", path).groups()))
+
+
+def read_range(path, start, end):
+    """Bytes [start, end) of a file on disk or on the Hub, and the size of the file; start < 0 counts from its end.
+
+    Faults of the network and the server are tried again, RETRIES times. Raises UserError for a refusal (not logged in,
+    terms not accepted, gone) and when the last try fails.
+    """
+    try:
+        if not path.startswith("hf://"):
+            with open(path, "rb") as file:
+                size = file.seek(0, io.SEEK_END)
+                start, end = (max(0, size + start), size) if start < 0 else (start, end)
+                file.seek(start)
+                data = file.read(end - start)
+        else:
+            repository, revision, name = hub_file(path)
+            url = huggingface_hub.hf_hub_url(repository, name, repo_type="dataset", revision=revision)
+            wanted = f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}"
+            response = http_backoff(
+                "GET", url, headers=build_hf_headers() | {"Range": wanted, "Accept-Encoding": "identity"},
+                timeout=TIMEOUT, follow_redirects=True, max_retries=RETRIES, max_wait_time=LONGEST_WAIT,
+                retry_on_status_codes=RETRIED,
+            )  # fmt: skip
+            hf_raise_for_status(response)
+            data = response.content
+            start, end, size = map(
+                int, re.match(r"bytes (\d+)-(\d+)/(\d+)", response.headers["Content-Range"]).groups()
+            )
+            end += 1
+    except (huggingface_hub.errors.GatedRepoError, huggingface_hub.errors.RepositoryNotFoundError) as error:
+        raise UserError(
+            f"{path} is refused ({first_line(error)}); accept the dataset's terms on its page, then run `hf auth login`"
+        ) from error
+    except Exception as error:  # the HTTP client's own exceptions differ between versions of huggingface_hub
+        raise UserError(f"{path} cannot be read ({first_line(error)}); once it can, go on with --resume") from error
+    if len(data) != end - start:
+        raise UserError(f"{path} ends before byte {end}; it changed or is damaged")
+    return data, size
+
+
+class Pieces(io.RawIOBase):
+    """Some byte ranges of a file as a file, for pyarrow: {first byte: bytes}."""
+
+    def __init__(self, pieces, size):
+        self.pieces, self.size, self.position = pieces, size, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def tell(self):
+        return self.position
+
+    def read(self, n=-1):
+        for start, data in self.pieces.items():
+            if start <= self.position < start + len(data):
+                first = self.position - start
+                data = data[first : first + n if n >= 0 else None]
+                self.position += len(data)
+                return data
+        return b""
+
+
+def read_footer(path):
+    """Metadata of a parquet file: its row groups, columns and where their bytes are."""
+    tail, size = read_range(path, -FOOTER_BYTES, None)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if tail[-4:] != b"PAR1" or length > size:
+        raise UserError(f"{path} is no parquet file")
+    if length > len(tail):
+        tail, _ = read_range(path, size - length, size)
+    return pq.read_metadata(Pieces({size - len(tail): tail}, size))
+
+
+def read_footers(paths):
+    """Metadata of parquet files, FOOTER_READERS at a time."""
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        return list(pool.map(read_footer, paths))
+
+
+# ---- rows
+
+
+class ParquetImages:
+    """Parquet files as a sequence of {"image": {"bytes", "path"}, "label"}, read by row group when asked for.
+
+    paths: on disk or hf://. footers: what `read_footers` gave. image_column, label_column (or None): their names.
+    Its rows are cheap to ask for in an order that stays within few row groups: the last one read is kept, and those
+    that `keep` names are read ahead and kept.
+    """
+
+    def __init__(self, paths, footers, image_column, label_column):
+        self.paths, self.footers = paths, footers
+        self.columns = [image_column] + ([label_column] if label_column else [])
+        self.column_names = ["image"] + (["label"] if label_column else [])
+        features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
+        self.features = {name: features[column] for name, column in zip(self.column_names, self.columns)}
+        self.groups = [(file, i) for file, footer in enumerate(footers) for i in range(footer.num_row_groups)]
+        self.rows_in_group = np.array([footers[file].row_group(i).num_rows for file, i in self.groups])
+        self.first_row = np.concatenate([[0], self.rows_in_group.cumsum()])
+        self.pool, self.reading, self.last = None, {}, (None, None)
+
+    def __len__(self):
+        return int(self.first_row[-1])
+
+    def fingerprint(self):
+        """Of what the order of rows depends on: base names and row counts, not where the files lie."""
+        names = [Path(path).name for path in self.paths]
+        return hashlib.sha256(repr((names, self.rows_in_group.tolist())).encode()).hexdigest()[:16]
+
+    def group_of(self, row):
+        return int(np.searchsorted(self.first_row, row, "right")) - 1
+
+    def __getitem__(self, row):
+        group = self.group_of(row)
+        if group in self.reading:
+            table = self.reading[group].result()
+        else:
+            if self.last[0] != group:
+                self.last = (group, self.read_group(group))
+            table = self.last[1]
+        values = [table[column][int(row - self.first_row[group])].as_py() for column in self.columns]
+        if not isinstance(values[0], dict):  # a plain column of bytes
+            values[0] = {"bytes": values[0], "path": None}
+        return dict(zip(self.column_names, values))
+
+    def keep(self, groups):
+        """Read these row groups in the background, in this order, and forget all others."""
+        self.pool = self.pool or ThreadPoolExecutor(READERS)
+        for group in self.reading.keys() - set(groups):
+            self.reading.pop(group).cancel()
+        for group in groups:
+            if group not in self.reading:
+                self.reading[group] = self.pool.submit(self.read_group, group)
+
+    def read_group(self, group):
+        """One row group's columns as a table, by one request where their bytes lie together."""
+        file, index = self.groups[group]
+        chunks = [self.footers[file].row_group(index).column(i) for i in range(self.footers[file].num_columns)]
+        wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in self.columns]
+        ranges = []
+        for start, end in sorted(map(chunk_range, wanted)):
+            if ranges and ranges[-1][1] == start:
+                ranges[-1][1] = end
+            else:
+                ranges.append([start, end])
+        pieces = {start: read_range(self.paths[file], start, end)[0] for start, end in ranges}
+        source = Pieces(pieces, max(end for _, end in ranges))
+        parquet = pq.ParquetFile(source, metadata=self.footers[file], pre_buffer=False)
+        return parquet.read_row_group(index, columns=self.columns, use_threads=False)
+
+
+def chunk_range(chunk):
+    """[start, end) in bytes of a column chunk."""
+    starts = [chunk.data_page_offset] + ([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])
+    return min(starts), min(starts) + chunk.total_compressed_size
+
+
+# ---- the plan
+
+
+def part_windows(rows_in_group, seed, epoch, part, low, high, window):
+    """Rows [low, high) of an epoch's order of row groups, as [(shuffled rows, row groups), ...].
+
+    part: any ints that name it, the source of its shuffle. window: rows; it ends with the row group that reaches it.
+    Yields arrays of row numbers and lists of row group numbers.
+    """
+    first_row = np.concatenate([[0], rows_in_group.cumsum()])
+    order = np.random.default_rng([*b"groups", seed, epoch]).permutation(len(rows_in_group))
+    ends = rows_in_group[order].cumsum()
+    begin, stop = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1
+    groups, pieces, rows, index = [], [], 0, 0
+    for i in range(begin, min(stop, len(order))):
+        group, start = int(order[i]), ends[i] - rows_in_group[order[i]]
+        piece = np.arange(max(low, start) - start, min(high, ends[i]) - start) + first_row[group]
+        groups, pieces, rows = [*groups, group], [*pieces, piece], rows + len(piece)
+        if rows >= window or ends[i] >= high:
+            shuffle = np.random.default_rng([*b"window", seed, epoch, *part, index])
+            yield shuffle.permutation(np.concatenate(pieces)), groups
+            groups, pieces, rows, index = [], [], 0, index + 1
+
+
+def worker_windows(rows_in_group, batch_size, seed, start, rank, world, worker, workers, window):
+    """Endless (epoch, rows, row groups) of one worker of one process, from the window that step `start` is in.
+
+    The first window comes without the rows of the steps before `start`. Steps go to workers in turn.
+    """
+    steps_per_epoch, n = int(rows_in_group.sum()) // batch_size, batch_size // world
+
+    def steps_before(step, worker):
+        return (step - worker + workers - 1) // workers
+
+    for epoch in itertools.count(start // steps_per_epoch):
+        first, last = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
+        rows = [(steps_before(last, w) - steps_before(first, w)) * n for w in range(workers)]
+        low = rank * steps_per_epoch * n + sum(rows[:worker])
+        skip = max(0, steps_before(start, worker) - steps_before(first, worker)) * n
+        for shuffled, groups in part_windows(
+            rows_in_group, seed, epoch, (rank, worker), low, low + rows[worker], window
+        ):
+            if skip < len(shuffled):
+                yield epoch, shuffled[skip:], groups
+            skip = max(0, skip - len(shuffled))
+
+
+def worker_batches(windows, n):
+    """Endless ([(epoch, row), ...] of n rows, row groups to have: of these rows, then of the next window)."""
+    (epoch, rows, groups), ahead = next(windows), next(windows)
+    while True:
+        used = groups
+        while len(rows) < n:  # a part of an epoch is whole batches, so these are of the same epoch
+            rows, groups = np.concatenate([rows, ahead[1]]), ahead[2]
+            used, ahead = used + groups, next(windows)
+        yield [(epoch, row) for row in rows[:n].tolist()], used + ahead[2]
+        rows = rows[n:]
+        if len(rows) == 0:
+            (epoch, rows, groups), ahead = ahead, next(windows)
+
+
+def stream_keys(rows_in_group, batch_size, seed, start, rank, world, workers, window):
+    """Endless batches of one process from step `start` on, as `worker_batches` has them.
+
+    Worker step % workers reads the batch of a step, which is how a DataLoader hands batches out.
+    """
+    workers = max(1, workers)
+    batches = [
+        worker_batches(
+            worker_windows(rows_in_group, batch_size, seed, start, rank, world, worker, workers, window),
+            batch_size // world,
+        )
+        for worker in range(workers)
+    ]
+    for step in itertools.count(start):
+        yield next(batches[step % workers])
