@@ -175,6 +175,31 @@ class CropPairs(Dataset):
         return views, undecodable
 
 
+class LabelledCrops(Dataset):
+    """One random crop of each image of a batch, flipped or not, with its label: what a classifier is trained on.
+
+    RandomResizedCrop of torchvision's default scale 0.08-1, larger than the encoders' 0.2-1, as in the reference.
+    Item [(epoch, index), ...] is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason) of undecodable
+    images]); the neighbour that replaces an undecodable image brings its own label.
+    """
+
+    def __init__(self, dataset, size, seed):
+        self.dataset, self.size, self.seed = dataset, size, seed
+
+    def __getitem__(self, keys):
+        crops = torch.empty(len(keys), self.size, self.size, 3, dtype=torch.uint8)
+        labels, undecodable = torch.empty(len(keys), dtype=torch.long), []
+        for i, (epoch, index) in enumerate(keys):
+            image, row, failed = read_image(self.dataset, index)
+            rng = crop_generator(self.seed, epoch, index)
+            boxes = random_crop_boxes(*image.shape[:2], rng, views=1, scale=(0.08, 1.0))
+            crop = crop_pair(image, boxes, self.size)[0]
+            crops[i] = crop.flip(1) if rng.random() < 0.5 else crop
+            labels[i] = self.dataset[row]["label"]
+            undecodable += failed
+        return crops, labels, undecodable
+
+
 def crop_generator(seed, epoch, index):
     """The source of the crops of one image in one epoch."""
     return np.random.default_rng([*b"crop", seed, epoch, index])
@@ -195,10 +220,13 @@ def batch_keys(images, batch_size, seed, start, rank, world):
         yield [(epoch, index) for index in permuted[first : first + n].tolist()]
 
 
-def train_batches(dataset, size, batch_size, seed, start, rank, world, workers):
-    """Endless batches of this process's rows, from global step `start` on; see CropPairs for what a batch is."""
+def train_batches(dataset, size, batch_size, seed, start, rank, world, workers, crops=CropPairs):
+    """Endless batches of this process's rows, from global step `start` on.
+
+    crops: CropPairs or LabelledCrops, which say what a batch is.
+    """
     keys = batch_keys(len(dataset), batch_size, seed, start, rank, world)
-    return iter(loader(CropPairs(dataset, size, seed), keys, workers))
+    return iter(loader(crops(dataset, size, seed), keys, workers))
 
 
 def loader(dataset, keys, workers):
