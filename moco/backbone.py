@@ -59,7 +59,7 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
 def read_backbone(source, encoder="query"):
     """({key as in torchvision: tensor} without `fc`, what is known of it) of any source but "random".
 
-    What is known is a dict with, as far as the source tells, "arch", "image_size" and "settings" of its training.
+    What is known is a dict with, as far as the source tells, "arch", "image_size", "tag" and "settings" of training.
     Raises UserError where the source is not there, damaged, unsafe to read, or holds no backbone.
     """
     path = Path(source)
@@ -166,6 +166,7 @@ def known_of(config):
     arch = settings.get("arch") or config.get("architecture")
     size = config.get("pretrained_cfg", {}).get("input_size")
     known = {"arch": arch if arch in resnet_names() else None, "image_size": size and size[-1], "settings": settings}
+    known["tag"] = config.get("pretrained_cfg", {}).get("tag")
     return {name: value for name, value in known.items() if value}
 
 
@@ -332,8 +333,8 @@ def convert(source, target, to, arch=None, encoder="query"):
     if to == "torchvision":
         save_file(weights, target, {"format": "pt"})
     elif to == "timm":
-        tag, size = "moco" if known.get("settings") else "imported", known.get("image_size", 224)
-        save_backbone(target, backbone, arch, size, tag, known.get("settings", {}) | {"arch": arch})
+        settings = known.get("settings", {"arch": arch})
+        save_backbone(target, backbone, arch, known.get("image_size", 224), known.get("tag", "moco"), settings)
     elif to == "detectron2":
         model = {to_detectron2(key): value for key, value in weights.items()}
         torch.save({"model": model, "__author__": "MOCO", "matching_heuristics": True}, target)

@@ -200,6 +200,20 @@ class LabelledCrops(Dataset):
         return crops, labels, undecodable
 
 
+class CachedFeatures(Dataset):
+    """Features that `moco.knn.cache_features` wrote to a folder, read from disk as far as memory does not hold them.
+
+    Item [(epoch, index), ...] is (features (n, width) float16, labels (n,) int64, []): the same in every epoch.
+    """
+
+    def __init__(self, folder):
+        self.features, self.labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
+
+    def __getitem__(self, keys):
+        rows = [index for _, index in keys]
+        return torch.from_numpy(self.features[rows]), torch.from_numpy(self.labels[rows]), []
+
+
 def crop_generator(seed, epoch, index):
     """The source of the crops of one image in one epoch."""
     return np.random.default_rng([*b"crop", seed, epoch, index])

@@ -1,6 +1,7 @@
 """The weighted kNN classifier, and features to run it on: how well a backbone separates classes, without training."""
 
 import copy
+import json
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from moco.augment import normalize, to_float
+from moco.checkpoint import write_json
 from moco.data import CenterCrops, loader
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
@@ -70,6 +72,60 @@ def extract_features(encoder, dataset, rows, size, workers, accelerator):
     features, labels, undecodable = zip(*batches)
     features, labels = accelerator.gather((torch.cat(features), torch.cat(labels)))
     return features[: len(rows)], labels[: len(rows)], sum(undecodable, [])
+
+
+def feature_bank(backbone, dataset, size, workers, accelerator):
+    """This process's share of a dataset's features, (m, width) float32 and L2-normalised in place, and labels (m,).
+
+    Written batch by batch into one tensor: to collect them first would hold them twice. Also returns the undecodable
+    images as (name, reason).
+    """
+    mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    bank, labels, undecodable, end = None, [], [], 0
+    for features, batch_labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
+        if bank is None:
+            bank = features.new_empty(len(mine), features.shape[1])
+        bank[end : end + len(features)] = F.normalize(features, dim=1)
+        end += len(features)
+        labels.append(batch_labels)
+        undecodable += failed
+    return bank, torch.cat(labels), undecodable
+
+
+def cache_features(folder, backbone, digest, dataset, size, workers, accelerator):
+    """Write features of one fixed crop of each image, float16, and labels to folder/*.npy, for `CachedFeatures`.
+
+    Each process writes its part of the same files; digest: of the backbone, by which a finished cache is known again.
+    Returns this process's undecodable images as (name, reason).
+    """
+    made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": size}
+    done = folder / "cache.json"
+    if done.exists() and json.loads(done.read_text()) == made_of:
+        return []
+    rank, world, undecodable = accelerator.process_index, accelerator.num_processes, []
+    share = -(-len(dataset) // world)
+    mine = list(range(len(dataset)))[rank * share : (rank + 1) * share]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        done.unlink(missing_ok=True)
+        width = next(feature_batches(backbone, dataset, [0], size, 0, accelerator))[0].shape[1]
+        np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (len(dataset), width))
+        np.lib.format.open_memmap(folder / "labels.npy", "w+", np.int64, (len(dataset),))
+    accelerator.wait_for_everyone()
+    files = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("features", "labels")]
+    end = rank * share
+    for features, labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
+        for file, values in zip(files, (features, labels)):
+            file[end : end + len(labels)] = values.cpu().numpy()
+        end += len(labels)
+        undecodable += failed
+    for file in files:
+        file.flush()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(done, made_of)
+    return undecodable
 
 
 @torch.no_grad()
