@@ -127,7 +127,7 @@ def read_torch_file(path):
 def read_torchvision(name):
     try:
         weights = torchvision.models.get_weight(name)
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"--backbone {name} is not one of torchvision's weights ({first_line(error)})") from error
     arch = name.split("_Weights.")[0].lower()
     if arch not in resnet_names():
