@@ -53,6 +53,7 @@ from moco.data import (
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor
+from moco.publish import push_backbone
 from moco.report import save_curves, save_views
 from moco.schedule import learning_rate
 from moco.shuffle import encode_keys, shuffle_order
@@ -71,7 +72,7 @@ SHAPES = {
     "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
 }  # fmt: skip
 # What a resumed run may change; everything else is what its numbers depend on.
-FREE_ON_RESUME = {"output", "resume", "workers", "keep", "checkpoint_every", "tracker"}
+FREE_ON_RESUME = {"output", "resume", "workers", "keep", "checkpoint_every", "tracker", "push_to_hub"}
 
 
 def parse_args():
@@ -131,6 +132,7 @@ def parse_args():
     add("--knn-every", type=int, metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none [%(default)s]")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too")
     parser.set_defaults(**RECIPES["v2"])
+    add("--push-to-hub", metavar="USER/NAME", help="publish the backbone when the run is done")
 
     def fail(message):
         raise UserError(message)
@@ -468,6 +470,8 @@ def main():
         if with_knn:
             scores = [line["knn"] for line in read_metrics(metrics) if "knn" in line]
             print(f"kNN accuracy {scores[-1]:.1f} %, of the random backbone at the start {scores[0]:.1f} %")
+        if args.push_to_hub:
+            print(push_backbone(args.output, args.push_to_hub))
     accelerator.end_training()
 
 

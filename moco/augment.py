@@ -26,14 +26,14 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # ---- host: where to cut, and the cut
 
 
-def random_crop_boxes(height, width, rng, views=2):
+def random_crop_boxes(height, width, rng, views=2, scale=CROP_SCALE):
     """Boxes of RandomResizedCrop for each view: (views, 4) int, rows of top, left, height, width.
 
-    rng: a numpy Generator. Ten tries for an area in CROP_SCALE and an aspect in CROP_RATIO that fit, then the largest
-    centred box of an aspect in range, as torchvision does.
+    rng: a numpy Generator. Ten tries for a share of the area in `scale` and an aspect in CROP_RATIO that fit, then the
+    largest centred box of an aspect in range, as torchvision does.
     """
     draws = rng.random((views, 10, 4))
-    area = height * width * (CROP_SCALE[0] + draws[..., 0] * (CROP_SCALE[1] - CROP_SCALE[0]))
+    area = height * width * (scale[0] + draws[..., 0] * (scale[1] - scale[0]))
     low, high = np.log(CROP_RATIO)
     ratio = np.exp(low + draws[..., 1] * (high - low))
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))

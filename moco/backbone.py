@@ -1,9 +1,253 @@
-"""A trained backbone as a folder that timm and transformers load: safetensors and a config."""
+"""Backbones in and out: loaded from anywhere, saved so that timm and transformers load them, converted, published.
 
-from safetensors.torch import save_file
+python -m moco.backbone convert moco_v2_800ep_pretrain.pth.tar r50.safetensors --to torchvision
+python -m moco.backbone convert RUN r50_detectron2.pth --to detectron2
+python -m moco.backbone push RUN USER/NAME --private
+
+Whatever the source, the weights in between have torchvision's keys, without the head `fc`.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from moco.augment import MEAN, STD
-from moco.checkpoint import write_json
+from moco.checkpoint import complete_checkpoints, load_checkpoint, write_json
+from moco.data import first_line
+from moco.encoder import build_encoder, resnet_names
+from moco.errors import UserError, one_line_errors
+from moco.publish import push_backbone
+
+FORMATS = ("torchvision", "timm", "detectron2", "moco")
+# Settings of a run that say nothing of its weights; they may hold paths of the machine, which are not to be published.
+NOT_PUBLISHED = {"output", "resume", "keep", "checkpoint_every", "workers", "tracker", "push_to_hub"}
+
+
+# ---- load
+
+
+def load_backbone(source, arch=None, encoder="query", seed=0):
+    """The backbone that `source` names: a torchvision ResNet whose `fc` is the identity, (N, 3, H, W) -> (N, width).
+
+    source: a run folder or a folder of `save_backbone`; a .safetensors file; USER/NAME or hf-hub:USER/NAME on the Hub;
+    an official MoCo .pth.tar or another file of weights that PyTorch wrote; torchvision's name of supervised weights,
+    such as "ResNet50_Weights.IMAGENET1K_V1"; or "random", drawn from `seed`.
+    arch: a name of `resnet_names()`; None takes what the source says, else what its shapes fit; "random" then is a
+    resnet50. encoder: "query", or "key" for the momentum encoder, where the source has both.
+    Raises UserError where the keys or shapes are not exactly those of the architecture.
+    """
+    if source == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_backbone(arch or "resnet50", "imagenet")
+    weights, known = read_backbone(source, encoder)
+    backbone = build_backbone(*fitting_arch(weights, arch or known.get("arch"), source))
+    counters = {key: value for key, value in backbone.state_dict().items() if key.endswith("num_batches_tracked")}
+    backbone.load_state_dict(counters | weights)
+    return backbone
+
+
+def read_backbone(source, encoder="query"):
+    """({key as in torchvision: tensor} without `fc`, what is known of it) of any source but "random".
+
+    What is known is a dict with, as far as the source tells, "arch", "image_size", "tag" and "settings" of training.
+    Raises UserError where the source is not there, damaged, unsafe to read, or holds no backbone.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return read_folder(path, encoder)
+    if path.is_file():
+        weights, config = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_torch_file(path)
+        return torchvision_keys(weights, source, encoder), config
+    if "_Weights." in str(source):
+        return read_torchvision(str(source))
+    name = str(source).removeprefix("hf-hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise UserError(
+            f"--backbone {source} is neither a folder or file here, nor USER/NAME on the Hub, nor one of torchvision's"
+            " weights (ResNet50_Weights.IMAGENET1K_V1), nor 'random'"
+        )
+    weights, config = read_hub(name)
+    return torchvision_keys(weights, source, encoder), known_of(config)
+
+
+def read_folder(folder, encoder):
+    """A run folder, finished or not, or a folder with model.safetensors and config.json."""
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    saved = next((path for path in (folder / "backbone", folder) if (path / "model.safetensors").exists()), None)
+    if saved and encoder == "query":
+        config = json.loads((saved / "config.json").read_text()) if (saved / "config.json").exists() else {}
+        weights = read_safetensors(saved / "model.safetensors")
+        return torchvision_keys(weights, saved, encoder), known_of(config)
+    tensors = load_checkpoint(checkpoints[-1])[0] if checkpoints else {}
+    if f"{encoder}_encoder" not in tensors:
+        raise UserError(
+            f"--backbone {folder} has no {encoder} encoder: neither backbone/model.safetensors nor a complete"
+            " checkpoint of train_moco.py is in it; name a run folder, or a file"
+        )
+    settings = json.loads((folder / "args.json").read_text())
+    weights = torchvision_keys(tensors[f"{encoder}_encoder"], checkpoints[-1], encoder)
+    return weights, {"arch": settings["arch"], "image_size": settings["image_size"], "settings": settings}
+
+
+def read_safetensors(path):
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({first_line(error)}); fetch it again") from error
+
+
+def read_torch_file(path):
+    """A file of torch.save: ({key: tensor}, what is known). Only tensors and plain values are read, no code is run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(
+            f"--backbone {path} is not read: it is no file of torch.save, or damaged, or holds more than tensors and"
+            f" plain values, which could run any code ({first_line(error)}); name a file of weights"
+        ) from error
+    weights = content
+    for name in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            weights = content[name]
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"{path} holds no state dict; it must be one, or have one under 'state_dict' or 'model'")
+    return weights, {"arch": content["arch"]} if content.get("arch") in resnet_names() else {}
+
+
+def read_torchvision(name):
+    try:
+        weights = torchvision.models.get_weight(name)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--backbone {name} is not one of torchvision's weights ({first_line(error)})") from error
+    arch = name.split("_Weights.")[0].lower()
+    if arch not in resnet_names():
+        raise UserError(f"--backbone {name} is no ResNet; the architectures are {', '.join(resnet_names())}")
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--backbone {name} cannot be downloaded: {first_line(error)}") from error
+    return torchvision_keys(state, name, "query"), {"arch": arch, "image_size": 224}
+
+
+def read_hub(name):
+    """({key: tensor}, config.json) of a repository on the Hub. Only safetensors are taken."""
+    try:
+        paths = [huggingface_hub.hf_hub_download(name, file) for file in ("config.json", "model.safetensors")]
+    except huggingface_hub.errors.EntryNotFoundError as error:
+        if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            raise UserError(
+                f"--backbone {name} is neither here nor downloaded before, and the Hub cannot be reached"
+                f" ({first_line(error)}); try again when it can"
+            ) from error
+        raise UserError(
+            f"--backbone {name} has no config.json or no model.safetensors on the Hub; other weights are not read"
+        ) from error
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError, OSError) as error:
+        raise UserError(
+            f"--backbone {name} is neither here nor a repository you can read on the Hub ({first_line(error)}); check"
+            " the name, or if it is private or gated accept its terms there and run `hf auth login`"
+        ) from error
+    return read_safetensors(paths[1]), json.loads(Path(paths[0]).read_text())
+
+
+def known_of(config):
+    """What a config.json of `save_backbone`, or of a timm ResNet, tells of its weights."""
+    settings = config.get("moco", {})
+    arch = settings.get("arch") or config.get("architecture")
+    size = config.get("pretrained_cfg", {}).get("input_size")
+    known = {"arch": arch if arch in resnet_names() else None, "image_size": size and size[-1], "settings": settings}
+    known["tag"] = config.get("pretrained_cfg", {}).get("tag")
+    return {name: value for name, value in known.items() if value}
+
+
+def torchvision_keys(weights, source, encoder):
+    """The backbone's part of a state dict under torchvision's keys, contiguous; every other key must be a known one.
+
+    Known layouts: torchvision and timm, the official MoCo checkpoint, detectron2's, an encoder of a run here.
+    Raises UserError that names the keys that belong to none, and where there is no backbone.
+    """
+    encoders = {"query": "module.encoder_q.", "key": "module.encoder_k."}
+    others = ("fc.",)
+    if any(key.startswith(tuple(encoders.values())) for key in weights):
+        prefix = encoders.pop(encoder)
+        others = (f"{prefix}fc.", *encoders.values(), "module.queue", "module.queue_ptr")
+        renamed = {key: key.removeprefix(prefix) for key in weights if key.startswith(prefix)}
+    elif any(key.startswith("stem.") for key in weights):
+        others = ("stem.fc.",)
+        renamed = {key: from_detectron2(key) for key in weights}
+    else:
+        renamed = {key: key for key in weights}
+    backbone = {
+        name: weights[key].detach().clone(memory_format=torch.contiguous_format)
+        for key, name in renamed.items()
+        if not key.startswith(others)
+    }
+    if "conv1.weight" not in backbone:
+        raise UserError(
+            f"--backbone {source} holds no ResNet's {encoder} encoder but {few(weights)}; name weights with a backbone,"
+            " not those of a head or of another kind of network"
+        )
+    unknown = [key for key in weights if key not in renamed and not key.startswith(others)]
+    if unknown:
+        raise UserError(f"--backbone {source} has unexpected keys: {few(unknown)}")
+    return backbone
+
+
+def few(names):
+    """The first names of many, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
+
+
+def mismatches(weights, arch, stem):
+    """Where weights are not exactly an architecture's: a list of "missing KEY", "unexpected KEY" or "KEY is SHAPE".
+
+    The counters of BatchNorm's batches may be missing, as in old checkpoints: nothing here reads them.
+    """
+    with torch.device("meta"):
+        backbone = build_encoder(arch, head="fc", stem=stem)
+    shapes = {key: value.shape for key, value in backbone.state_dict().items() if not key.startswith("fc.")}
+    found = [f"missing {key}" for key in shapes.keys() - weights if not key.endswith("num_batches_tracked")]
+    found += [f"unexpected {key}" for key in weights.keys() - shapes.keys()]
+    return found + [
+        f"{key} is {'x'.join(map(str, weights[key].shape))}, not {'x'.join(map(str, shape))}"
+        for key, shape in shapes.items()
+        if key in weights and weights[key].shape != shape
+    ]
+
+
+def fitting_arch(weights, arch=None, source="weights"):
+    """The architecture and the stem that weights without a head are exactly those of. arch: the only one to try.
+
+    Raises UserError that names the keys where they do not fit.
+    """
+    stem = "small" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
+    wrong = {name: mismatches(weights, name, stem) for name in ([arch] if arch else resnet_names())}
+    best = min(wrong, key=lambda name: len(wrong[name]))
+    if wrong[best]:
+        nearest = f"--arch {best}" if arch else f"any --arch, {best} being the nearest"
+        raise UserError(f"--backbone {source} does not fit {nearest}: {few(wrong[best])}")
+    return best, stem
+
+
+def build_backbone(arch, stem):
+    """A ResNet of `build_encoder` whose head is the identity."""
+    backbone = build_encoder(arch, head="fc", stem=stem)
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+# ---- save
 
 
 def save_backbone(folder, encoder, arch, image_size, tag, settings):
@@ -20,6 +264,11 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
         {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
     )
     features = weights[[key for key in weights if key.startswith("layer4.") and "downsample.0" in key][0]].shape[0]
+    settings = {name: value for name, value in settings.items() if name not in NOT_PUBLISHED}
+    if "data" in settings:  # only now is it known whether the name is that of a folder here, whose path is private
+        is_folder = Path(settings["data"]).is_dir()
+        settings["data_on_hub"] = "/" in settings["data"] and not is_folder
+        settings["data"] = Path(settings["data"]).resolve().name if is_folder else settings["data"]
     config = {
         "architecture": "resnet18" if arch == "resnet10" else arch,
         "num_classes": 0,
@@ -43,3 +292,78 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     if arch == "resnet10":
         config["model_args"] = {"layers": [1, 1, 1, 1]}
     write_json(folder / "config.json", config)
+
+
+# ---- convert
+
+
+def to_detectron2(key):
+    """torchvision's key -> that of detectron2's ResNet."""
+    key = key if key.startswith("layer") else f"stem.{key}"
+    key = re.sub(r"layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+    key = re.sub(r"bn(\d)", r"conv\1.norm", key)
+    return key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
+def from_detectron2(key):
+    """The inverse of `to_detectron2`."""
+    key = key.removeprefix("stem.").replace("shortcut.norm", "downsample.1").replace("shortcut", "downsample.0")
+    key = re.sub(r"conv(\d)\.norm", r"bn\1", key)
+    return re.sub(r"res(\d)", lambda match: f"layer{int(match[1]) - 1}", key)
+
+
+def convert(source, target, to, arch=None, encoder="query"):
+    """Write the backbone of `source`, whatever `load_backbone` takes, as other programs read it, bit for bit.
+
+    to: "torchvision", a .safetensors file of torchvision's keys; "timm", a folder that timm and transformers load;
+    "detectron2", a .pth file for cfg.MODEL.WEIGHTS; "moco", a .pth.tar file as the official code writes, of the query
+    encoder without its head. Each is read back by `load_backbone`. Raises UserError as that does.
+    """
+    target = Path(target)
+    suffix = {"torchvision": ".safetensors", "detectron2": ".pth", "moco": ".pth.tar"}.get(to)
+    if suffix and not target.name.endswith(suffix):
+        raise UserError(f"TARGET {target} --to {to} must end with {suffix}")
+    if target.exists():
+        raise UserError(f"TARGET {target} is there already; name another, or remove it")
+    known = {} if source == "random" else read_backbone(source, encoder)[1]
+    backbone = load_backbone(source, arch, encoder)
+    weights = backbone.state_dict()
+    arch, _ = fitting_arch(weights, arch or known.get("arch"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if to == "torchvision":
+        save_file(weights, target, {"format": "pt"})
+    elif to == "timm":
+        settings = known.get("settings", {"arch": arch})
+        save_backbone(target, backbone, arch, known.get("image_size", 224), known.get("tag", "moco"), settings)
+    elif to == "detectron2":
+        model = {to_detectron2(key): value for key, value in weights.items()}
+        torch.save({"model": model, "__author__": "MOCO", "matching_heuristics": True}, target)
+    else:
+        state = {f"module.encoder_q.{key}": value for key, value in weights.items()}
+        torch.save({"epoch": known.get("settings", {}).get("epochs", 0), "arch": arch, "state_dict": state}, target)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Convert a backbone, or publish one on the Hub.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("convert", description=convert.__doc__.split("\n\n")[0]).add_argument
+    add("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
+    add("target", metavar="TARGET", help="the file or folder to write")
+    add("--to", choices=FORMATS, required=True, help="what shall read it")
+    add("--arch", help="a torchvision ResNet, or resnet10 [as SOURCE says]")
+    add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
+    add = commands.add_parser("push", description=push_backbone.__doc__.split("\n\n")[0]).add_argument
+    add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
+    add("name", metavar="USER/NAME", help="the repository, created where it is not there")
+    add("--private", action="store_true", help="create it for your eyes only")
+    args = parser.parse_args()
+    if args.command == "convert":
+        convert(args.source, args.target, args.to, args.arch, args.encoder)
+        print(f"{args.source} is now {args.target}")
+    else:
+        print(push_backbone(args.run, args.name, args.private))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

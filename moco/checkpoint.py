@@ -72,6 +72,15 @@ def checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def weights_digest(weights):
+    """SHA-256 of a state dict, {key: tensor}: of its keys and of every bit of its values."""
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode())
+        digest.update(weights[key].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def complete_checkpoints(folder):
     """The checkpoints in `folder` that lack no file, oldest first."""
 

@@ -228,6 +228,45 @@ class CropPairs(Dataset):
         return views, undecodable
 
 
+class LabelledCrops(Dataset):
+    """One random crop of each image of a batch, flipped or not, with its label: what a classifier is trained on.
+
+    RandomResizedCrop of torchvision's default scale 0.08-1, larger than the encoders' 0.2-1, as in the reference.
+    Item [(epoch, index), ...] is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason) of undecodable
+    images]); the neighbour that replaces an undecodable image brings its own label.
+    """
+
+    def __init__(self, dataset, size, seed):
+        self.dataset, self.size, self.seed = dataset, size, seed
+
+    def __getitem__(self, keys):
+        crops = torch.empty(len(keys), self.size, self.size, 3, dtype=torch.uint8)
+        labels, undecodable = torch.empty(len(keys), dtype=torch.long), []
+        for i, (epoch, index) in enumerate(keys):
+            image, row, failed = read_image(self.dataset, index)
+            rng = crop_generator(self.seed, epoch, index)
+            boxes = random_crop_boxes(*image.shape[:2], rng, views=1, scale=(0.08, 1.0))
+            crop = crop_pair(image, boxes, self.size)[0]
+            crops[i] = crop.flip(1) if rng.random() < 0.5 else crop
+            labels[i] = self.dataset[row]["label"]
+            undecodable += failed
+        return crops, labels, undecodable
+
+
+class CachedFeatures(Dataset):
+    """Features that `moco.knn.cache_features` wrote to a folder, read from disk as far as memory does not hold them.
+
+    Item [(epoch, index), ...] is (features (n, width) float16, labels (n,) int64, []): the same in every epoch.
+    """
+
+    def __init__(self, folder):
+        self.features, self.labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
+
+    def __getitem__(self, keys):
+        rows = [index for _, index in keys]
+        return torch.from_numpy(self.features[rows]), torch.from_numpy(self.labels[rows]), []
+
+
 def crop_generator(seed, epoch, index):
     """The source of the crops of one image in one epoch."""
     return np.random.default_rng([*b"crop", seed, epoch, index])

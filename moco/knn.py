@@ -1,13 +1,16 @@
 """The weighted kNN classifier, and features to run it on: how well a backbone separates classes, without training."""
 
 import copy
+import json
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from moco.augment import normalize, to_float
+from moco.checkpoint import write_json
 from moco.data import CenterCrops, loader, sample_rows
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
@@ -28,12 +31,31 @@ def knn_predict(features, bank, bank_labels, classes, k=200, temperature=0.07):
     scores = []
     for chunk in features.split(max(1, SIMILARITIES // len(bank))):
         similarity, neighbour = (chunk @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(chunk), classes, dtype=chunk.dtype, device=chunk.device)
-        scores.append(votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp()))
+        scores.append(class_votes(similarity, bank_labels[neighbour], classes, temperature))
     return torch.cat(scores)
 
 
+def class_votes(similarity, labels, classes, temperature):
+    """Votes of neighbours, similarity and labels (N, k), for each class: (N, classes)."""
+    votes = torch.zeros(len(labels), classes, dtype=similarity.dtype, device=similarity.device)
+    return votes.scatter_add_(1, labels, (similarity / temperature).exp())
+
+
 @torch.no_grad()
+def feature_batches(backbone, dataset, rows, size, workers, accelerator):
+    """Pooled features of fixed crops of `rows`, this process's own list of int, a batch at a time.
+
+    backbone: in eval mode, without a head. Yields features (n, width) float32, labels (n,) and the undecodable images
+    as (name, reason).
+    """
+    chunks = [rows[i : i + FEATURE_BATCH] for i in range(0, len(rows), FEATURE_BATCH)]
+    batches = loader(CenterCrops(dataset, size), chunks, workers)
+    for crops, labels, failed in tqdm(batches, "features", leave=False, disable=not accelerator.is_main_process):
+        with accelerator.autocast():
+            pooled = backbone(normalize(to_float(crops.to(accelerator.device, non_blocking=True))))
+        yield pooled.float(), labels.to(accelerator.device), failed
+
+
 def extract_features(encoder, dataset, rows, size, workers, accelerator):
     """Pooled backbone features of fixed crops of `rows`, each process doing its share of the work.
 
@@ -46,18 +68,95 @@ def extract_features(encoder, dataset, rows, size, workers, accelerator):
     share = -(-len(rows) // accelerator.num_processes)
     padded = rows + rows[-1:] * (share * accelerator.num_processes - len(rows))  # cut off again below
     mine = padded[accelerator.process_index * share :][:share]
-    batches = loader(
-        CenterCrops(dataset, size), [mine[i : i + FEATURE_BATCH] for i in range(0, share, FEATURE_BATCH)], workers
-    )
-    features, labels, undecodable = [], [], []
-    for crops, batch_labels, failed in tqdm(batches, "features", leave=False, disable=not accelerator.is_main_process):
-        with accelerator.autocast():
-            pooled = backbone(normalize(to_float(crops.to(accelerator.device, non_blocking=True))))
-        features.append(pooled.float())
-        labels.append(batch_labels.to(accelerator.device))
-        undecodable += failed
+    batches = list(feature_batches(backbone, dataset, mine, size, workers, accelerator))
+    features, labels, undecodable = zip(*batches)
     features, labels = accelerator.gather((torch.cat(features), torch.cat(labels)))
-    return features[: len(rows)], labels[: len(rows)], undecodable
+    return features[: len(rows)], labels[: len(rows)], sum(undecodable, [])
+
+
+def feature_bank(backbone, dataset, size, workers, accelerator):
+    """This process's share of a dataset's features, (m, width) float32 and L2-normalised in place, and labels (m,).
+
+    Written batch by batch into one tensor: to collect them first would hold them twice. Also returns the undecodable
+    images as (name, reason).
+    """
+    mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    bank, labels, undecodable, end = None, [], [], 0
+    for features, batch_labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
+        if bank is None:
+            bank = features.new_empty(len(mine), features.shape[1])
+        bank[end : end + len(features)] = F.normalize(features, dim=1)
+        end += len(features)
+        labels.append(batch_labels)
+        undecodable += failed
+    return bank, torch.cat(labels), undecodable
+
+
+def cache_features(folder, backbone, digest, dataset, size, workers, accelerator):
+    """Write features of one fixed crop of each image, float16, and labels to folder/*.npy, for `CachedFeatures`.
+
+    Each process writes its part of the same files; digest: of the backbone, by which a finished cache is known again.
+    Returns this process's undecodable images as (name, reason).
+    """
+    made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": size}
+    done = folder / "cache.json"
+    if done.exists() and json.loads(done.read_text()) == made_of:
+        return []
+    rank, world, undecodable = accelerator.process_index, accelerator.num_processes, []
+    share = -(-len(dataset) // world)
+    mine = list(range(len(dataset)))[rank * share : (rank + 1) * share]
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        done.unlink(missing_ok=True)
+        width = next(feature_batches(backbone, dataset, [0], size, 0, accelerator))[0].shape[1]
+        np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (len(dataset), width))
+        np.lib.format.open_memmap(folder / "labels.npy", "w+", np.int64, (len(dataset),))
+    accelerator.wait_for_everyone()
+    files = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("features", "labels")]
+    end = rank * share
+    for features, labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
+        for file, values in zip(files, (features, labels)):
+            file[end : end + len(labels)] = values.cpu().numpy()
+        end += len(labels)
+        undecodable += failed
+    for file in files:
+        file.flush()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(done, made_of)
+    return undecodable
+
+
+@torch.no_grad()
+def knn_evaluate(features, labels, bank, bank_labels, classes, ks, temperature, accelerator):
+    """Top-1 and top-5 of kNN in percent, for each k of `ks`: {k: {"top1": ..., "top5": ...}}.
+
+    features (N, D) and labels (N,): the same on every process. bank (m, D), L2-normalised, and bank_labels (m,): this
+    process's own part. Of 1.28 million ImageNet features of ResNet-50 that is 10.5 GB over the number of processes,
+    and each keeps a chunk of its similarities at a time. A class without a vote is in no top 5.
+    """
+    features, k = F.normalize(features, dim=1), max(ks)
+    sizes = accelerator.gather(torch.tensor([len(bank)], device=bank.device))
+    k = min(k, int(sizes.sum()))
+    here = min(k, len(bank))
+    hits = torch.zeros(len(ks), 2, dtype=torch.long, device=bank.device)
+    chunk_size = max(1, SIMILARITIES // max(1, int(sizes.max())))
+    for chunk, targets in zip(features.split(chunk_size), labels.split(chunk_size)):
+        similarity, neighbour = (chunk @ bank.T).topk(here, dim=1)
+        similarity = F.pad(similarity, (0, k - here), value=-torch.inf)  # no neighbour: votes with exp(-inf) = 0
+        candidates = F.pad(bank_labels[neighbour], (0, k - here))
+        similarity, candidates = (accelerator.gather(x[None]) for x in (similarity, candidates))  # (processes, n, k)
+        similarity, candidates = (x.transpose(0, 1).flatten(1) for x in (similarity, candidates))
+        similarity, nearest = similarity.topk(k, dim=1)
+        candidates = candidates.gather(1, nearest)
+        for row, each in zip(hits, ks):
+            votes = class_votes(similarity[:, :each], candidates[:, :each], classes, temperature)
+            score, ranked = votes.topk(min(5, classes), dim=1)
+            hit = (ranked == targets[:, None]) & (score > 0)
+            row += torch.stack([hit[:, 0].sum(), hit.sum()])
+    percent = (100 * hits / len(labels)).tolist()
+    return {each: {"top1": top1, "top5": top5} for each, (top1, top5) in zip(ks, percent)}
 
 
 def knn_accuracy(features, labels, bank, bank_labels, accelerator):

@@ -1,0 +1,573 @@
+"""How good are the features? A linear classifier on a frozen backbone, and kNN (arXiv:1911.05722, section 4.1).
+
+accelerate launch linear_probe.py --data shapes --backbone runs/v2-shapes      the built-in data, minutes on two cores
+accelerate launch linear_probe.py --backbone runs/v2-imagenet-1k               the paper's protocol, on ImageNet
+accelerate launch linear_probe.py --backbone USER/NAME --lr 3 10 30 100        four classifiers in the one pass
+accelerate launch linear_probe.py --backbone USER/NAME --cached-features --knn minutes instead of hours, approximate
+accelerate launch linear_probe.py --output RUN --resume                        go on where RUN stopped
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from moco.augment import normalize, to_float
+from moco.backbone import fitting_arch, load_backbone, read_backbone, save_backbone
+from moco.checkpoint import (
+    check_equal_state,
+    complete_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    provenance,
+    save_checkpoint,
+    trim_metrics,
+    weights_digest,
+    write_json,
+)
+from moco.data import (
+    MAX_UNDECODABLE,
+    CachedFeatures,
+    LabelledCrops,
+    batch_keys,
+    load_splits,
+    loader,
+    name_undecodable,
+    read_image,
+)
+from moco.encoder import resnet_names
+from moco.errors import UserError, one_line_errors
+from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
+from moco.publish import push_backbone
+from moco.schedule import learning_rate
+
+# What --data shapes changes, so that two CPU cores finish in minutes.
+SHAPES = {"image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
+HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among several --lr: at most, and share at most
+# What a resumed run may change; everything else is what its numbers depend on.
+FREE_ON_RESUME = {
+    "output", "resume", "evaluate", "workers", "keep", "checkpoint_every", "evaluate_every", "knn", "knn_temperature",
+    "push_to_hub",
+}  # fmt: skip
+
+
+def parse_args():
+    """The flags. Defaults, from weak to strong: below, the built-in data's, those of the run resumed."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --backbone SOURCE [flags]",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("backbone").add_argument
+    add(
+        "--backbone",
+        metavar="SOURCE",
+        help="a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
+        " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'",
+    )
+    add("--arch", help="a torchvision ResNet, or resnet10 [as the backbone says; random: resnet50]")
+    add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        default="ILSVRC/imagenet-1k",
+        help="'shapes' (built in), a folder, or USER/NAME on the Hub [%(default)s]",
+    )
+    add("--image-column", metavar="NAME", help="column of images, where the data has several")
+    add("--label-column", metavar="NAME", help="column of labels, where the data has several")
+    add("--image-size", type=int, metavar="PIXELS", default=224, help="side of a crop [%(default)s]")
+    add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
+    add = parser.add_argument_group("classifier").add_argument
+    add("--lr", type=float, metavar="LR", nargs="+", default=[30.0], help="of several, all are trained at once [30]")
+    add("--epochs", type=int, metavar="N", default=100, help="lr / 10 at 60 %% and 80 %% of them [%(default)s]")
+    add("--batch-size", type=int, metavar="N", default=256, help="images a step, over all processes [%(default)s]")
+    add("--sgd-momentum", type=float, metavar="M", default=0.9, help="of the optimizer [%(default)s]")
+    add("--weight-decay", type=float, metavar="W", default=0.0, help="of the optimizer [%(default)s]")
+    add("--cached-features", action="store_true", help="train on features of a fixed crop: fast, approximate")
+    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="of the backbone [as accelerate is set up]")
+    add("--seed", type=int, default=0, help="of the weights, the order and the crops [%(default)s]")
+    add = parser.add_argument_group("kNN").add_argument
+    add("--knn", type=int, metavar="K", nargs="*", help="also kNN, with each of these K [200]")
+    add("--knn-temperature", type=float, metavar="T", default=0.07, help="of the votes [%(default)s]")
+    add = parser.add_argument_group("run").add_argument
+    add(
+        "--output", type=Path, metavar="RUN", help="the run folder [linear_probe/ in that of the backbone, or in runs/]"
+    )
+    add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
+    add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
+    add("--evaluate-every", type=int, metavar="EPOCHS", default=10, help="and at the end [%(default)s]")
+    add("--checkpoint-every", type=int, metavar="STEPS", default=5000, help="and at the end [%(default)s]")
+    add("--keep", type=int, metavar="N", default=2, help="checkpoints to keep, the newest [%(default)s]")
+    add("--log-every", type=int, metavar="STEPS", default=50, help="a line in metrics.jsonl [%(default)s]")
+    add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
+
+    def fail(message):
+        raise UserError(message)
+
+    parser.error = fail  # one line, as for every other mistake, in place of the whole usage
+    given, _ = parser.parse_known_args()
+    parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
+    args = parser.parse_args()
+    if args.output is None:
+        if args.backbone is None:
+            raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
+        args.output = default_output(args.backbone, args.data)
+    if args.resume or args.evaluate:
+        saved = read_run(args.output)
+        parser.set_defaults(
+            **{
+                name: saved[name]
+                for name in vars(args)
+                if name in saved and name not in ("output", "resume", "evaluate")
+            }
+        )
+        output, args = args.output, parser.parse_args()
+        args.output = output
+        for name in vars(args).keys() - FREE_ON_RESUME:
+            if getattr(args, name) != saved[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} {getattr(args, name)} cannot resume {output}, which has {flag} {saved[name]};"
+                    " leave the flag out, or start a new run with another --output"
+                )
+    if args.backbone is None:
+        raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
+    if args.backbone == "random" and args.arch is None:
+        args.arch = "resnet10" if args.data == "shapes" else "resnet50"
+    if args.knn == []:
+        args.knn = [200]
+    return args
+
+
+def default_output(backbone, data):
+    """linear_probe/ in the backbone's run folder, where publishing looks for results, else a folder in runs/."""
+    if (Path(backbone) / "args.json").exists():
+        return Path(backbone) / "linear_probe"
+    return Path("runs") / f"probe-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).name}"
+
+
+def read_run(output):
+    """The flags of the run in `output` that is to be resumed or evaluated."""
+    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
+        raise UserError(
+            f"--output {output} has no complete checkpoint in checkpoints/; leave --resume or --evaluate out"
+        )
+    return json.loads((output / "args.json").read_text())
+
+
+def check_args(args, processes):
+    """Raise UserError for values that cannot work, before anything is read or written."""
+    limits = {
+        "image_size": (args.image_size >= 16, "at least 16"),
+        "workers": (args.workers >= 0, "0 or more"),
+        "arch": (args.arch is None or args.arch in resnet_names(), f"one of {', '.join(resnet_names())}"),
+        "lr": (all(0 < lr < math.inf for lr in args.lr), "above 0"),
+        "epochs": (args.epochs >= 1, "at least 1"),
+        "batch_size": (args.batch_size >= 1, "at least 1"),
+        "sgd_momentum": (0 <= args.sgd_momentum < 1, "at least 0 and below 1"),
+        "weight_decay": (0 <= args.weight_decay < math.inf, "0 or more"),
+        "seed": (args.seed >= 0, "0 or more"),
+        "knn": (all(k >= 1 for k in args.knn or []), "at least 1"),
+        "knn_temperature": (0 < args.knn_temperature < math.inf, "above 0"),
+        "evaluate_every": (args.evaluate_every >= 1, "at least 1"),
+        "checkpoint_every": (args.checkpoint_every >= 1, "at least 1"),
+        "keep": (args.keep >= 1, "at least 1"),
+        "log_every": (args.log_every >= 1, "at least 1"),
+    }
+    for name, (good, limit) in limits.items():
+        if not good:
+            value = getattr(args, name)
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise UserError(f"--{name.replace('_', '-')} {shown} must be {limit}")
+    if len(set(args.lr)) < len(args.lr):
+        raise UserError(f"--lr {' '.join(map(str, args.lr))} has a value twice; name each once")
+    if args.batch_size % processes:
+        below, above = args.batch_size // processes * processes, (args.batch_size // processes + 1) * processes
+        remedy = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {processes} processes; use {remedy}")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()
+    except OSError as error:
+        raise UserError(f"--output {args.output} cannot be written ({error}); name another folder") from error
+    if not (args.resume or args.evaluate) and complete_checkpoints(args.output / "checkpoints"):
+        raise UserError(
+            f"--output {args.output} holds another run; add --resume to go on with it, or name another folder"
+        )
+
+
+# ---- data
+
+
+def count_classes(train_set, test_set, name):
+    """The number of classes. Raises UserError where images have no labels that a classifier could learn."""
+    if "label" not in train_set.column_names:
+        raise UserError(f"--data {name} has no labels, which a linear probe needs; --label-column may name a column")
+    if test_set is not None and "label" not in test_set.column_names:
+        raise UserError(f"--data {name} has labels for training but none for validation; both must have them")
+    splits = [split for split in (train_set, test_set) if split is not None]
+    names = [getattr(split.features["label"], "names", None) for split in splits]
+    if names[0] != names[-1]:
+        raise UserError(f"--data {name} has {names[0]} as classes of training but {names[-1]} of validation")
+    low, high = 0, 0
+    for split in splits:
+        labels = np.asarray(split["label"])
+        if labels.dtype.kind not in "iu":
+            raise UserError(f"--data {name} has {labels[0]!r} as a label; labels must be whole numbers from 0 on")
+        low, high = min(low, int(labels.min())), max(high, int(labels.max()))
+    classes = len(names[0]) if names[0] else high + 1
+    if low < 0 or high >= classes:
+        raise UserError(
+            f"--data {name} has labels from {low} to {high} for {classes} classes: some images are not labelled"
+        )
+    return classes
+
+
+def hold_out(dataset, images, purpose, seed):
+    """Split a dataset at random into (the rest, `images` of it)."""
+    order = np.random.default_rng([*purpose, seed]).permutation(len(dataset))
+    return dataset.select(np.sort(order[images:])), dataset.select(np.sort(order[:images]))
+
+
+# ---- classifiers
+
+
+class LinearClassifiers(nn.Module):
+    """Linear classifiers side by side on the same features: (N, width) -> logits (classifiers, N, classes).
+
+    All start from the same weights, N(0, 0.01) with bias 0, so that each is what it would be alone.
+    """
+
+    def __init__(self, width, classes, count, seed):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(count))
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(head.bias)
+
+    def forward(self, features):
+        return torch.stack([head(features) for head in self.heads])
+
+
+def build_optimizer(classifiers, lrs, momentum, weight_decay):
+    """SGD with a learning rate for each classifier."""
+    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(classifiers.heads, lrs, strict=True)]
+    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+
+
+def count_correct(logits, labels):
+    """How many of logits (classifiers, N, classes) have the label (N,) first and among the first five.
+
+    Returns (classifiers, 2) int64. Logits that are not finite, of a classifier that diverged, are never right.
+    """
+    ranked = logits.topk(min(5, logits.shape[2]), dim=2).indices
+    hits = (ranked == labels[:, None]) & logits.isfinite().all(dim=2, keepdim=True)
+    return torch.stack([hits[..., 0].sum(dim=1), hits.sum(dim=(1, 2))], dim=1)
+
+
+def train_step(classifiers, optimizer, features, labels, accelerator):
+    """One step of each classifier on this process's features (n, width) and labels (n,).
+
+    Returns logits (classifiers, n, classes) before the step and each classifier's loss over these images.
+    """
+    logits = classifiers(features)
+    losses = torch.stack([F.cross_entropy(each, labels) for each in logits])
+    losses.sum().backward()  # no classifier's loss depends on another's weights
+    if accelerator.num_processes > 1:  # averaged by hand: DDP would be another wrapper for these few tensors
+        gradients = [parameter.grad for parameter in classifiers.parameters()]
+        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+        parts = mean.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+    optimizer.step()
+    optimizer.zero_grad()
+    return logits.detach(), losses.detach()
+
+
+@torch.no_grad()
+def evaluate(backbone, classifiers, dataset, size, workers, accelerator):
+    """Top-1 and top-5 of each classifier in percent, [[top1, top5], ...], over every image of the dataset, once.
+
+    The processes share the images out and add up counts, so that none is padded or dropped. Also returns this
+    process's undecodable images as (name, reason).
+    """
+    mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    correct = torch.zeros(len(classifiers.heads), 2, dtype=torch.long, device=accelerator.device)
+    undecodable = []
+    for features, labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
+        correct += count_correct(classifiers(features), labels)
+        undecodable += failed
+    return (100 * accelerator.reduce(correct, "sum").double() / len(dataset)).tolist(), undecodable
+
+
+def print_settings(args, arch, width, counts, processes):
+    """What the run will do, in the paper's terms. counts: images to train on, hold out and validate on; classes."""
+    train, held_out, validation, classes = counts
+    steps = train // args.batch_size
+    print(
+        f"model   {args.backbone}: {arch}, {width} features, frozen; {len(args.lr)} linear classifiers",
+        f"data    {args.data}: {train} images at {args.image_size} pixels, {classes} classes, {steps} steps an epoch",
+        f"batch   {args.batch_size} over {processes} processes",
+        f"SGD     {args.epochs} epochs, lr {' '.join(f'{lr:g}' for lr in args.lr)}, momentum {args.sgd_momentum},"
+        f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
+        f"test    {validation} images" + (f"; {held_out} of training held out choose the lr" if held_out else ""),
+        f"output  {args.output}",
+        sep="\n",
+    )
+    if args.cached_features:
+        gigabytes = train * width * 2 / 1e9
+        print(f"cache   features of one fixed crop of each image, {gigabytes:.1f} GB; the accuracy is approximate")
+
+
+def finish(accelerator, code, message):
+    """Stop every process with this exit code, saying why once."""
+    if accelerator.is_main_process:
+        print(message, file=sys.stderr)
+    accelerator.end_training()
+    sys.exit(code)
+
+
+def main():
+    args = parse_args()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args.mixed_precision = accelerator.mixed_precision
+    device, is_main = accelerator.device, accelerator.is_main_process
+    rank, world = accelerator.process_index, accelerator.num_processes
+    check_args(args, world)
+    if device.type == "cpu" and world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count()))  # accelerate launch leaves it one thread
+
+    # ---- backbone
+    if not is_main:
+        datasets.disable_progress_bars()
+    with accelerator.local_main_process_first():  # what is downloaded or drawn is made once a machine
+        known = {} if args.backbone == "random" else read_backbone(args.backbone, args.encoder)[1]
+        backbone = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+    train_set, test_set = load_splits(args.data, args.image_column, args.label_column, streaming=False)
+    arch, _ = fitting_arch(backbone.state_dict())
+    width = [value for value in backbone.state_dict().values() if value.dim() == 4][-1].shape[0]
+    digest = weights_digest(backbone.state_dict())
+    # In eval mode BatchNorm uses the statistics it was trained with and does not update them: in training mode it
+    # would change the very features that are measured, even without gradients.
+    backbone = backbone.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+    # ---- data
+    classes = count_classes(train_set, test_set, args.data)
+    if test_set is None:
+        train_set, test_set = hold_out(train_set, max(1, len(train_set) // 5), b"validation", 0)
+    held_out = None
+    if len(args.lr) > 1:
+        count = min(HELD_OUT, int(HELD_OUT_SHARE * len(train_set)))
+        if not count:
+            raise UserError(f"--data {args.data} has {len(train_set)} images, too few to choose among several --lr")
+        train_set, held_out = hold_out(train_set, count, b"held out", args.seed)
+    if len(train_set) < args.batch_size:
+        raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
+    read_image(train_set, 0)  # where nothing can be decoded, say so now
+    steps_per_epoch = len(train_set) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+
+    # ---- classifiers, equal on every process, since their seed and their updates are
+    classifiers = LinearClassifiers(width, classes, len(args.lr), args.seed).to(device)
+    optimizer = build_optimizer(classifiers, args.lr, args.sgd_momentum, args.weight_decay)
+
+    # ---- the run folder: start one, or go on with one
+    checkpoints, metrics = args.output / "checkpoints", args.output / "metrics.jsonl"
+    zeros = [0.0] * len(args.lr)
+    start, window, undecodable = 0, {"steps": 0, "loss": zeros, "correct": zeros}, 0
+    if args.resume or args.evaluate:
+        tensors, state = load_checkpoint(complete_checkpoints(checkpoints)[-1])
+        if state["images"] != len(train_set):
+            raise UserError(
+                f"--data {args.data} has {len(train_set)} images to train on, {args.output} was begun on"
+                f" {state['images']}"
+            )
+        if state["backbone_sha256"] != digest:
+            raise UserError(f"--backbone {args.backbone} has changed since {args.output} was begun; start a new run")
+        classifiers.load_state_dict(tensors["classifiers"])
+        load_optimizer_tensors(optimizer, tensors["optimizer"])
+        start, window, undecodable = state["step"], state["window"], state["undecodable"]
+    accelerator.wait_for_everyone()  # nobody writes before everybody has read
+    if is_main:
+        counts = (len(train_set), len(held_out or ()), len(test_set), classes)
+        print_settings(args, arch, width, counts, world)
+        if args.resume or args.evaluate:
+            print(f"resume  after step {start}")
+        if not args.evaluate:
+            if args.resume:
+                trim_metrics(metrics, start)
+            else:
+                write_json(args.output / "args.json", vars(args) | {"output": str(args.output)} | provenance(world))
+                metrics.write_text("")
+
+    def log(line):
+        if is_main:
+            with metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(step):
+        check_equal_state({"classifiers": classifiers}, accelerator)
+        if is_main:  # so one process can save for all
+            state = {"images": len(train_set), "window": window, "undecodable": undecodable}
+            tensors = {"classifiers": classifiers.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+            save_checkpoint(checkpoints, step, tensors, state | {"backbone_sha256": digest}, args.keep)
+        accelerator.wait_for_everyone()
+
+    named = set()  # undecodable images, each printed once
+
+    def measure(dataset):
+        accuracies, failed = evaluate(backbone, classifiers, dataset, args.image_size, args.workers, accelerator)
+        name_undecodable(failed, named, accelerator)
+        return accuracies
+
+    stopping = []  # signals that came in
+    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    if args.evaluate:
+        total_steps = start
+    elif not args.resume:
+        save(0)
+
+    # ---- training
+    keys = batch_keys(len(train_set), args.batch_size, args.seed, start, rank, world)
+    if args.cached_features and start < total_steps:
+        cache = (args.output / "features", backbone, digest, train_set, args.image_size, args.workers, accelerator)
+        name_undecodable(cache_features(*cache), named, accelerator)
+        batches = iter(loader(CachedFeatures(args.output / "features"), keys, workers=0))
+    else:
+        batches = iter(loader(LabelledCrops(train_set, args.image_size, args.seed), keys, args.workers))
+    timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
+    bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main or args.evaluate)
+    for step in range(start, total_steps):
+        started = time.perf_counter()
+        inputs, labels, failed = next(batches)  # crops (n, S, S, 3) uint8, or cached features (n, width) float16
+        timing["data"] += time.perf_counter() - started
+        epoch = step // steps_per_epoch
+        milestones = (0.6 * args.epochs, 0.8 * args.epochs)
+        lrs = [learning_rate(lr, epoch, args.epochs, "step", milestones) for lr in args.lr]
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+        # ---- a training step
+        if args.cached_features:
+            features = inputs.float()
+        else:
+            with torch.no_grad(), accelerator.autocast():
+                features = backbone(normalize(to_float(inputs))).float()
+        logits, losses = train_step(classifiers, optimizer, features, labels, accelerator)
+
+        # ---- what every process must know; to read it is the step's only wait for the device
+        told = torch.cat([losses, count_correct(logits, labels)[:, 0], losses.new_tensor([len(failed), len(stopping)])])
+        *told, failures, stop = accelerator.reduce(told, "sum").tolist()
+        losses, correct = [loss / world for loss in told[: len(args.lr)]], told[len(args.lr) :]
+        if not any(map(math.isfinite, losses)):
+            kept = complete_checkpoints(checkpoints)[-1]
+            finish(accelerator, 1, f"the loss is {losses[0]} at step {step}; lower --lr; {kept} is kept")
+        if failures:
+            name_undecodable(failed, named, accelerator)
+            undecodable += int(failures)
+            if undecodable > MAX_UNDECODABLE * len(train_set):
+                raise UserError(f"{undecodable} of {len(train_set)} images of --data {args.data} cannot be decoded")
+        window = {
+            "steps": window["steps"] + 1,
+            "loss": [total + loss for total, loss in zip(window["loss"], losses)],
+            "correct": [total + count for total, count in zip(window["correct"], correct)],
+        }
+        timing["steps"] += 1
+        timing["seconds"] += time.perf_counter() - started
+        bar.update()
+
+        # ---- log, evaluate, save
+        done = step + 1
+        epoch_ends = done % steps_per_epoch == 0
+        if done % args.log_every == 0 or epoch_ends:
+            line = {
+                "step": done,
+                "epoch": done / steps_per_epoch,
+                "loss": [total / window["steps"] for total in window["loss"]],  # of each classifier, as --lr
+                "accuracy": [100 * total / (window["steps"] * args.batch_size) for total in window["correct"]],
+                "lr": lrs,
+                "undecodable": undecodable,  # in this epoch
+                "images_per_second": timing["steps"] * args.batch_size / timing["seconds"],
+                "data_seconds": timing["data"],
+                "data_share": timing["data"] / timing["seconds"],
+            }
+            window, timing = {"steps": 0, "loss": zeros, "correct": zeros}, {"steps": 0, "seconds": 0.0, "data": 0.0}
+            bar.set_postfix_str(
+                f"loss {min(line['loss']):.2f}, accuracy {max(line['accuracy']):.1f} %,"
+                f" {line['images_per_second']:.0f} images/s, {line['data_share']:.0%} waiting for data"
+            )
+            if epoch_ends and (epoch + 1) % args.evaluate_every == 0 and done < total_steps:
+                line["top1"], line["top5"] = map(list, zip(*measure(test_set)))
+            log(line)
+        if epoch_ends:
+            undecodable = 0
+        if done % args.checkpoint_every == 0 or done == total_steps or stop:
+            save(done)
+        if stop:
+            finish(accelerator, 143, f"SIGTERM: stopped after step {done}, which is saved; go on with --resume")
+    bar.close()
+
+    # ---- results
+    results = {"backbone": args.backbone, "arch": arch, "encoder": args.encoder, "backbone_sha256": digest}
+    results |= {"data": args.data, "classes": classes, "train_images": len(train_set)}
+    results |= {"held_out_images": len(held_out or ()), "validation_images": len(test_set)}
+    results |= {"approximate": args.cached_features, "epochs": args.epochs, "steps": max(start, total_steps)}
+    chosen = 0
+    results["classifiers"] = [
+        {"lr": lr, "top1": top1, "top5": top5} for lr, (top1, top5) in zip(args.lr, measure(test_set), strict=True)
+    ]
+    if held_out:
+        for classifier, (top1, _) in zip(results["classifiers"], measure(held_out)):
+            classifier["held_out_top1"] = top1
+        chosen = max(range(len(args.lr)), key=lambda i: results["classifiers"][i]["held_out_top1"])
+    results |= results["classifiers"][chosen]
+    if args.knn:
+        results["knn_temperature"] = args.knn_temperature
+        features, labels, failed = extract_features(
+            backbone, test_set, list(range(len(test_set))), args.image_size, args.workers, accelerator
+        )
+        bank, bank_labels, failed_too = feature_bank(backbone, train_set, args.image_size, args.workers, accelerator)
+        name_undecodable(failed + failed_too, named, accelerator)
+        knn = (features, labels, bank, bank_labels, classes, args.knn, args.knn_temperature, accelerator)
+        results["knn"] = {str(k): accuracy for k, accuracy in knn_evaluate(*knn).items()}
+    results |= {"undecodable": len(named), "settings": vars(args) | {"output": str(args.output)}} | provenance(world)
+    if weights_digest(backbone.state_dict()) != digest:
+        raise RuntimeError("the backbone changed while it was probed, so these results are of no backbone")
+    if is_main:
+        write_json(args.output / "results.json", results)
+        for classifier in results["classifiers"]:
+            held = f", {classifier['held_out_top1']:.2f} % of training held out" if held_out else ""
+            print(f"lr {classifier['lr']:<6g} top-1 {classifier['top1']:.2f} %, top-5 {classifier['top5']:.2f} %{held}")
+        for k, accuracy in results.get("knn", {}).items():
+            print(f"kNN {k:<5} top-1 {accuracy['top1']:.2f} %, top-5 {accuracy['top5']:.2f} %")
+        print(f"result  top-1 {results['top1']:.2f} % with lr {results['lr']:g}, in {args.output / 'results.json'}")
+        if args.push_to_hub:
+            settings = known.get("settings", {"arch": arch})
+            size = known.get("image_size", args.image_size)
+            save_backbone(args.output / "backbone", backbone, arch, size, known.get("tag", "moco"), settings)
+            if (Path(args.backbone) / "curves.png").exists():
+                shutil.copy(Path(args.backbone) / "curves.png", args.output / "backbone")
+            print(push_backbone(args.output, args.push_to_hub))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

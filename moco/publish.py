@@ -1,0 +1,192 @@
+"""Publish a backbone on the Hub: its model card, and the upload."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import EvalResult, ModelCardData
+from safetensors.torch import load_file
+
+from moco.checkpoint import weights_digest
+from moco.data import first_line
+from moco.errors import UserError
+
+PUBLISHED = ("model.safetensors", "config.json", "README.md", "curves.png")
+PAPERS = {
+    "v1": "MoCo v1 ([arXiv:1911.05722](https://arxiv.org/abs/1911.05722))",
+    "v2": "MoCo v2 ([arXiv:2003.04297](https://arxiv.org/abs/2003.04297))",
+}
+
+
+def push_backbone(run, name, private=False):
+    """Upload a run's backbone with its model card; the repository is created where it is not there.
+
+    run: a run folder of train_moco.py or linear_probe.py, or a folder of `save_backbone`. name: USER/NAME.
+    Everything is written to the folder before anything is sent, so that a push which fails can be repeated.
+    Returns the repository's address. Raises UserError where there is nothing to push or the Hub does not take it.
+    """
+    folder = prepare_folder(Path(run), name)
+    again = f"everything is in {folder}, so try again with `python -m moco.backbone push {run} {name}`"
+    try:
+        api = huggingface_hub.HfApi()
+        url = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            allow_patterns=list(PUBLISHED),
+            commit_message="Upload the backbone and its card",
+        )
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalTokenNotFoundError) as error:
+        raise UserError(f"{name} cannot be pushed to ({first_line(error)}); {again}") from error
+    except huggingface_hub.errors.HfHubHTTPError as error:
+        raise UserError(
+            f"the Hub does not take {name} ({first_line(error)}); the name must begin with your user name or"
+            f" organisation, and `hf auth login` needs a token that may write; {again}"
+        ) from error
+    except Exception as error:  # no network, no answer: each client library has its own exceptions
+        raise UserError(f"the Hub cannot be reached ({first_line(error)}); {again}") from error
+    return str(url)
+
+
+def prepare_folder(run, name):
+    """The folder of a run's backbone with all that is published in it: card and curves are written here."""
+    folder = run / "backbone" if (run / "backbone").is_dir() else run
+    if not all((folder / file).exists() for file in PUBLISHED[:2]):
+        raise UserError(
+            f"{run} has no backbone to push: {folder} lacks {' or '.join(PUBLISHED[:2])}, which train_moco.py writes at"
+            " the end of a run and `python -m moco.backbone convert --to timm` of other weights"
+        )
+    if (run / "curves.png").exists() and folder != run:
+        shutil.copy(run / "curves.png", folder)
+    config = json.loads((folder / "config.json").read_text())
+    results = find_results(run, weights_digest(load_file(folder / "model.safetensors")))
+    (folder / "README.md").write_text(model_card(config, results, name, (folder / "curves.png").exists()))
+    return folder
+
+
+def find_results(run, digest):
+    """results.json of linear_probe.py for exactly the weights of this digest, or None."""
+    for path in (run / "results.json", run / "linear_probe" / "results.json"):
+        if path.exists():
+            results = json.loads(path.read_text())
+            if results["backbone_sha256"] == digest:
+                return results
+    return None
+
+
+def model_card(config, results, name, with_curves):
+    """The text of README.md: front matter, how to load, how it was trained, and what was measured.
+
+    config: of config.json. results: of results.json, or None. name: USER/NAME. with_curves: whether to show curves.png.
+    """
+    settings = config["moco"]
+    small = settings.get("stem") == "small"  # of which timm, and so transformers, knows nothing
+    front = ModelCardData(
+        library_name=None if small else "timm",
+        pipeline_tag="image-feature-extraction",
+        tags=["image-feature-extraction", *([] if small else ["timm", "transformers"]), "moco"],
+        license="mit",
+        datasets=[settings["data"]] if settings.get("data_on_hub") else None,
+        metrics=["accuracy"],
+        model_name=name.split("/")[-1],
+        eval_results=evaluations(results) if results else None,
+    )
+    how = PAPERS[settings["recipe"][:2]] if settings.get("recipe") else "imported from elsewhere"
+    size = config["pretrained_cfg"]["input_size"][-1]
+    parts = [
+        f"---\n{front.to_yaml()}\n---\n",
+        f"# {name.split('/')[-1]}\n",
+        f"A {settings.get('arch', config['architecture'])} backbone without a head, {how}: images of {size} pixels ->"
+        f" {config['num_features']} features.\n",
+        "## Load\n",
+        loading(config, name, small),
+        "## Training\n",
+        training(settings),
+        "![loss, contrast accuracy, kNN accuracy and learning rate](curves.png)\n" if with_curves else "",
+        "## Results\n",
+        results_table(results) if results else "Not evaluated.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def evaluations(results):
+    """Linear-probe and kNN accuracy in the form of the Hub's model-index."""
+    hub_name = "/" in results["data"]
+    dataset = {"dataset_type": results["data"] if hub_name else "image-folder", "dataset_name": results["data"]}
+    measured = [("accuracy", f"{label} top-1", row["top1"]) for label, row in measurements(results)]
+    return [
+        EvalResult(task_type="image-classification", metric_type=kind, metric_name=label, metric_value=value, **dataset)
+        for kind, label, value in measured
+    ]
+
+
+def measurements(results):
+    """[(what was measured, {"top1", "top5"} in percent)], the chosen classifier alone where several were trained."""
+    rows = []
+    if "top1" in results:
+        note = " on cached features (approximate)" if results["approximate"] else ""
+        rows.append((f"linear probe{note}, lr {results['lr']:g}", results))
+    return rows + [(f"kNN, k {k}", row) for k, row in results.get("knn", {}).items()]
+
+
+def results_table(results):
+    lines = [
+        f"On the {results['validation_images']} validation images of `{results['data']}`, {results['classes']} classes,"
+        " the backbone frozen:\n",
+        "| | top-1, % | top-5, % |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {label} | {row['top1']:.2f} | {row['top5']:.2f} |" for label, row in measurements(results)]
+    if len(results.get("classifiers", [])) > 1:
+        lines.append(
+            f"\nOf {len(results['classifiers'])} learning rates the one was taken that is best on"
+            f" {results['held_out_images']} training images held out."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def loading(config, name, small):
+    """Code that loads the backbone in each library that can."""
+    arch, arguments = config["architecture"], config.get("model_args")
+    fetch = (
+        "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
+        f'weights = load_file(hf_hub_download("{name}", "model.safetensors"))'
+    )
+    build = f"model = torchvision.models.{arch}()"
+    if arguments:  # resnet10, which torchvision has no name for
+        build = (
+            "model = torchvision.models.resnet.ResNet(torchvision.models.resnet.BasicBlock,"
+            f" {list(arguments['layers'])})"
+        )
+    if small:
+        build += (
+            "\nmodel.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)"
+            "\nmodel.maxpool = torch.nn.Identity()"
+        )
+    codes = {
+        "timm": "import timm\n\n# num_classes=10 adds a head, features_only=True gives feature maps\n"
+        f'model = timm.create_model("hf-hub:{name}", pretrained=True)',
+        "transformers": "from transformers import AutoImageProcessor, AutoModel\n\n"
+        f'model = AutoModel.from_pretrained("{name}")\nprocessor = AutoImageProcessor.from_pretrained("{name}")',
+        "torchvision": f"import torch\nimport torchvision\n{fetch}\n{build}\nmodel.fc = torch.nn.Identity()\n"
+        "model.load_state_dict(weights)",
+    }
+    shown = {library: code for library, code in codes.items() if not small or library == "torchvision"}
+    blocks = [f"{library}:\n\n```python\n{code}\n```\n" for library, code in shown.items()]
+    if small:
+        blocks.append("The stem is for small images (3x3 convolution, no pooling), which timm does not have.\n")
+    return "\n".join(blocks)
+
+
+def training(settings):
+    """All settings as a table."""
+    if not settings.get("recipe"):
+        return "The weights were imported; how they were trained is not recorded here.\n"
+    shown = {key: value for key, value in settings.items() if key not in ("versions", "data_on_hub")}
+    shown |= settings.get("versions", {})
+    rows = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in shown.items()]
+    return (
+        "\n".join(["Pre-trained without labels, with these settings:\n", "| setting | value |", "|---|---|", *rows])
+        + "\n"
+    )

@@ -1,0 +1,132 @@
+"""linear_probe.py: against the reference's numbers, and as users run it. pytest tests/test_linear_probe.py"""
+
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from conftest import run_script
+from safetensors.torch import load_file
+from torch import nn
+from trajectory import tiny_resnet
+
+from linear_probe import LinearClassifiers, build_optimizer, count_correct, train_step
+from moco.knn import knn_evaluate, knn_predict
+from moco.schedule import learning_rate
+from moco.shapes import CLASSES, draw_scene, encode_jpeg
+
+SMALL = "--backbone random --arch resnet10 --image-size 32 --epochs 5 --batch-size 16 --mixed-precision no --workers 0"
+
+
+@pytest.mark.parametrize("dtype, precision", [(torch.float64, "f64"), (torch.float32, "f32")])
+def test_golden_linear_probe(golden, dtype, precision):
+    """Logits, losses, accuracies, learning rates and classifier of each step, then the validation images."""
+    config = json.loads((golden / "linprobe" / "linprobe.json").read_text())["config"]
+    data = load_file(golden / "linprobe" / "linprobe.safetensors")
+    encoder = tiny_resnet(config["width"], config["layers"], config["classes"], mlp=False)
+    encoder.load_state_dict({key.removeprefix("init."): v for key, v in data.items() if key.startswith("init.")})
+    classifiers = LinearClassifiers(8 * config["width"], config["classes"], 1, seed=0)
+    classifiers.heads[0].load_state_dict(encoder.fc.state_dict())
+    encoder.fc = nn.Identity()
+    encoder, classifiers = encoder.eval().to(dtype), classifiers.to(dtype)
+    optimizer = build_optimizer(classifiers, [config["lr"]], config["momentum"], 0)
+    exact = precision == "f64"
+
+    def close(actual, name, f32_atol):
+        expected = data[f"{precision}.{name}"]
+        torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=0, atol=1e-10 if exact else f32_atol)
+
+    for step, epoch in enumerate(config["epochs_per_step"]):
+        lr = learning_rate(config["lr"], epoch, config.get("epochs", 100), "step", config["schedule"])
+        assert lr == pytest.approx(data[f"{precision}.step{step}.lr"].item(), rel=1e-12)
+        optimizer.param_groups[0]["lr"] = lr
+        labels = data[f"step{step}.labels"]
+        with torch.no_grad():
+            features = encoder(data[f"step{step}.images"].to(dtype) / 32)
+        logits, losses = train_step(classifiers, optimizer, features, labels, Accelerator(cpu=True))
+        close(logits[0], f"step{step}.logits", 1e-3)
+        close(losses, f"step{step}.loss", 1e-5 * max(1, losses.item()))
+        percent = 100 * count_correct(logits, labels)[0].double() / len(labels)
+        assert percent.tolist() == pytest.approx([data[f"{precision}.step{step}.acc{k}"].item() for k in (1, 5)])
+        close(classifiers.heads[0].weight.detach(), f"step{step}.fc.weight", 1e-4)
+        close(classifiers.heads[0].bias.detach(), f"step{step}.fc.bias", 1e-4)
+    with torch.no_grad():
+        logits = classifiers(encoder(data["val.images"].to(dtype) / 32))
+    close(logits[0], "val.logits", 1e-3)
+    percent = 100 * count_correct(logits, data["val.labels"])[0].double() / len(data["val.labels"])
+    assert percent.tolist() == pytest.approx([data[f"{precision}.val.acc{k}"].item() for k in (1, 5)])
+
+
+def test_correct_counts_equal_a_loop_and_a_diverged_classifier_is_never_right():
+    logits, labels = torch.randn(3, 40, 9, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 9
+    logits[2, :, 0] = torch.nan
+    for counts, classifier in zip(count_correct(logits, labels).tolist()[:2], logits):
+        ranks = [sorted(range(9), key=lambda c: -row[c])[:5] for row in classifier.tolist()]
+        top1 = sum(rank[0] == label for rank, label in zip(ranks, labels.tolist()))
+        assert counts == [top1, sum(label in rank for rank, label in zip(ranks, labels.tolist()))]
+    assert count_correct(logits, labels)[2].tolist() == [0, 0]
+
+
+def test_side_by_side_each_classifier_is_what_it_is_alone():
+    features, labels = torch.randn(4, 20, 6), torch.randint(0, 5, (4, 20))
+    together = LinearClassifiers(6, 5, 2, seed=0)
+    alone = nn.Linear(6, 5)
+    alone.load_state_dict(together.heads[1].state_dict())
+    optimizer = build_optimizer(together, [30.0, 0.5], 0.9, 0)
+    sgd = torch.optim.SGD(alone.parameters(), 0.5, momentum=0.9)
+    for x, y in zip(features, labels):
+        train_step(together, optimizer, x, y, Accelerator(cpu=True))
+        F.cross_entropy(alone(x), y).backward()
+        sgd.step()
+        sgd.zero_grad()
+    assert together.heads[1].weight.equal(alone.weight) and together.heads[1].bias.equal(alone.bias)
+
+
+def test_knn_over_several_k_is_the_classifier_of_each():
+    features, labels = torch.randn(30, 8), torch.arange(30) % 6
+    bank, bank_labels = F.normalize(torch.randn(50, 8), dim=1), torch.arange(50) % 6
+    found = knn_evaluate(features, labels, bank, bank_labels, 6, [1, 7, 200], 0.07, Accelerator(cpu=True))
+    for k, accuracy in found.items():
+        scores = knn_predict(features, bank, bank_labels, 6, k, 0.07)
+        assert accuracy["top1"] == pytest.approx(100 * (scores.argmax(1) == labels).float().mean().item(), abs=1e-3)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """70 training and 23 validation images, so that neither the last batches nor two processes' shares are even."""
+    root = tmp_path_factory.mktemp("labelled")
+    for split, source, count in (("train", "train", 70), ("val", "test", 23)):
+        for index in range(count):
+            image, _, _ = draw_scene(source, index)
+            label = CLASSES[random.Random(index).randrange(3)]
+            (root / split / label).mkdir(parents=True, exist_ok=True)
+            (root / split / label / f"{index}.jpg").write_bytes(encode_jpeg(image))
+    return root
+
+
+def probe(data, output, *flags, processes=1):
+    done = run_script(
+        "linear_probe.py", "--data", data, "--output", output, *SMALL.split(), *flags, processes=processes
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "results.json").read_text())
+
+
+def test_one_and_two_processes_give_the_same_top1_and_a_resumed_run_the_same_classifier(labelled, tmp_path):
+    flags = ["--lr", 1, 3, "--knn", 1, 5]
+    one = probe(labelled, tmp_path / "one", *flags)
+    two = probe(labelled, tmp_path / "two", *flags, processes=2)
+    assert one["validation_images"] == 23 and one["held_out_images"] == 7
+    assert two["classifiers"] == one["classifiers"] and two["knn"] == one["knn"] and two["top1"] == one["top1"]
+
+    probe(labelled, tmp_path / "cut", *flags, "--checkpoint-every", 6, "--keep", 9)
+    for last in sorted((tmp_path / "cut" / "checkpoints").glob("step_*"))[1:]:
+        if int(last.name.removeprefix("step_")) > 6:
+            last.rename(tmp_path / last.name)  # as if it had been killed after step 6
+    resumed = probe(labelled, tmp_path / "cut", *flags, "--checkpoint-every", 6, "--keep", 9, "--resume")
+    assert resumed["classifiers"] == one["classifiers"]
+    final = max((tmp_path / "cut" / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+    weights, expected = (load_file(f / "classifiers.safetensors") for f in (final, tmp_path / final.name))
+    assert all(value.equal(expected[key]) for key, value in weights.items())
