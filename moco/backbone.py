@@ -1,9 +1,16 @@
 """A trained backbone as a folder that timm and transformers load: safetensors and a config."""
 
-from safetensors.torch import save_file
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from moco.augment import MEAN, STD
 from moco.checkpoint import write_json
+from moco.encoder import build_encoder
+from moco.errors import UserError
 
 
 def save_backbone(folder, encoder, arch, image_size, tag, settings):
@@ -43,3 +50,33 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     if arch == "resnet10":
         config["model_args"] = {"layers": [1, 1, 1, 1]}
     write_json(folder / "config.json", config)
+
+
+def load_backbone(source, arch=None, seed=0):
+    """The backbone that `source` names, a torchvision ResNet whose `fc` is the identity.
+
+    source: a run folder, a .safetensors file, or "random", which needs `arch` and is drawn from `seed`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if source == "random":
+            backbone = build_encoder(arch or "resnet50", head="fc")
+            backbone.fc = nn.Identity()
+            return backbone
+        path = Path(source)
+        file = path if path.is_file() else path / "backbone" / "model.safetensors"
+        if not file.exists():
+            raise UserError(f"--backbone {source} is neither a run folder, nor a .safetensors file, nor 'random'")
+        if arch is None and path.is_dir():
+            arch = json.loads((path / "args.json").read_text())["arch"]
+        backbone = build_encoder(arch or "resnet50", head="fc")
+        backbone.fc = nn.Identity()
+        try:
+            weights = load_file(file)
+            backbone.load_state_dict(weights)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--backbone {source} does not hold the weights of a {arch or 'resnet50'}: {reason}"
+            ) from error
+        return backbone
