@@ -92,7 +92,7 @@ class C4Body(nn.Sequential):
 
 
 def freeze_norms(module):
-    """`module` with each BatchNorm fixed: statistics and affine become constants, as with MODEL.RESNETS.NORM FrozenBN."""
+    """`module` with each BatchNorm a constant, statistics and affine, as with MODEL.RESNETS.NORM FrozenBN."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
@@ -187,7 +187,7 @@ class ProposalNetwork(RegionProposalNetwork):
         return objectness_loss / normalizer, box_loss / normalizer
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
-        """The best of each image after NMS, by logits; only boxes of no area go (MIN_SIZE 0), and what is not finite."""
+        """The best of each image after NMS, by logits; only boxes of no area go (MIN_SIZE 0) or not finite."""
         objectness = objectness.detach().view(len(proposals), -1)
         logits, order = objectness.topk(min(self.pre_nms_top_n(), objectness.shape[1]), dim=1)
         boxes_of, logits_of = [], []
@@ -386,7 +386,7 @@ def rescale(detections, network_size, output_size):
 
 
 def paste_masks(masks, boxes, size):
-    """(n, 14, 14) probabilities of boxes (n, 4) -> (n, H, W) bool: sampled bilinearly at each pixel's centre, >= 0.5."""
+    """(n, 14, 14) probabilities of boxes (n, 4) -> (n, H, W) bool: sampled bilinearly at pixel centres, >= 0.5."""
     height, width = size
     rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=boxes.device)

@@ -1,8 +1,8 @@
 """Detection data (VOCdevkit and COCO folders, Hub datasets of VOC's shape, the built-in shapes) and the VOC metric.
 
 Everything becomes a list of records, an image each: {"image": encoded as for moco.data.decode_image, or (dataset, row),
-"name", "width", "height", "boxes" (m, 4) float32 xyxy from 0, "labels" (m,) int64 from 0, "difficult" (m,) bool}, and for
-COCO "id" and "polygons", a list of (points, 2) arrays for each box.
+"name", "width", "height", "boxes" (m, 4) float32 xyxy from 0, "labels" (m,) int64 from 0, "difficult" (m,) bool}, and
+for COCO "id" and "polygons", a list of (points, 2) arrays for each box.
 """
 
 import io
@@ -48,7 +48,7 @@ def load_detection(name, years=("2007", "2012"), box_format="xywh"):
     """The detection data that `name` stands for.
 
     name: "shapes"; a VOCdevkit folder (trainval of `years` to train on, VOC2007's test set); a COCO folder (train2017,
-    val2017 and annotations/); a folder that `save_to_disk` wrote; or USER/NAME on the Hub. The last two have the columns
+    val2017 and annotations/); a folder that `save_to_disk` wrote; or USER/NAME on the Hub. The last two have columns
     "image" and "objects", the latter with "bbox" in `box_format` (xywh or xyxy), "category" and possibly "difficult".
     Raises UserError for data that is not there, not complete, or of an unknown class.
     """
@@ -386,8 +386,8 @@ def evaluate_voc(predictions, targets, classes, use_07_metric=True):
     predictions: for each image {"boxes" (n, 4) xyxy from 0, "labels" (n,) into classes, "scores" (n,)}.
     targets: for each image {"boxes" (m, 4) as loaded, "labels", "difficult" (m,) bool}.
     use_07_metric: precision at 11 recalls; False: area under the curve, the rule of 2010 and later.
-    Returns {"AP", "AP50", "AP75", "per_class": {class: the same and "AP_by_iou"}}. AP is the mean over IoU 0.50, 0.55 ...
-    0.95. A class without objects has AP 0 and counts in the means.
+    Returns {"AP", "AP50", "AP75", "per_class": {class: the same and "AP_by_iou"}}. AP is the mean over IoU 0.50,
+    0.55 ... 0.95. A class without objects has AP 0 and counts in the means.
     Boxes are compared as the devkit's, from 1 and inclusive, detections rounded as in its result files (scores to
     three decimals, corners to one). Equal scores keep the order of the images.
     """
