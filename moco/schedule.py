@@ -15,3 +15,12 @@ def learning_rate(base_lr, epoch, epochs, schedule, milestones):
     if schedule == "step":
         return base_lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
     raise ValueError(f"schedule must be cosine or step, got {schedule!r}")
+
+
+def warmup_step_rate(base_lr, iteration, milestones, warmup):
+    """The learning rate of `iteration` (0-based): linear from base_lr / 1000 over `warmup`, / 10 at each milestone.
+
+    Source: detectron2's WarmupMultiStepLR, as the reference fine-tunes detectors.
+    """
+    ramp = 1.0 if iteration >= warmup else 0.001 + 0.999 * iteration / warmup
+    return base_lr * ramp * 0.1 ** sum(iteration >= milestone for milestone in milestones)

@@ -1,0 +1,439 @@
+"""The paper's detectors, Faster and Mask R-CNN on ResNet-C4, from torchvision's detection package.
+
+torchvision's parts stand wherever they compute what detectron2 does, which the reference fine-tunes with. What is
+overridden here names the setting of detectron2's configuration that torchvision has no argument for.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.resnet import ResNet
+from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, roi_align
+
+from moco.augment import MEAN, STD
+from moco.errors import UserError
+
+ANCHOR_SIZES = (32, 64, 128, 256, 512)  # pixels
+POOLED = 14  # ROI_BOX_HEAD.POOLER_RESOLUTION: side of an RoI's features before layer4, and of a mask
+PASTE_CHUNK = 2**26  # pixels of masks pasted at a time: 256 MB in float32
+
+
+def build_detector(
+    backbone, classes, masks=False, norm="batch", anchor_sizes=ANCHOR_SIZES, rpn_batch=256, roi_batch=512
+):
+    """Faster R-CNN C4, or with `masks` Mask R-CNN C4, of a ResNet: layers 1 to 3 below the heads, layer4 in them.
+
+    backbone: a torchvision ResNet without head; it is copied. classes: how many, without background.
+    norm: "batch" (every BatchNorm trains, with a new one after layer4) or "frozen" (statistics and affine fixed).
+    anchor_sizes: sides of the square anchors in pixels. rpn_batch, roi_batch: samples an image in the two losses.
+    In training `detector(images, targets)` is a dict of losses; each target may hold a "generator" to sample by.
+    In evaluation `detector(images)` is a list of {"boxes" at the network's size, "labels" from 1, "scores", "masks"
+    (n, 14, 14) probabilities}, to be taken to the image's own size by `rescale`.
+    Raises UserError for a backbone that is no ResNet.
+    Source: arXiv:1911.05722, section 4.2 and appendix; detectron2's R50-C4 configurations.
+    """
+    if not isinstance(backbone, ResNet):
+        raise UserError(f"a C4 detector needs a torchvision ResNet as backbone, got a {type(backbone).__name__}")
+    resnet = copy.deepcopy(backbone).requires_grad_(True)
+    body = C4Body(resnet)
+    box_head = nn.Sequential(resnet.layer4, nn.BatchNorm2d(out_channels(resnet.layer4)))
+    width, features = out_channels(resnet.layer3), out_channels(resnet.layer4)
+    rpn = ProposalNetwork(
+        C4Anchors((tuple(anchor_sizes),), ((0.5, 1.0, 2.0),), body.stride),
+        Float32RPNHead(width, 3 * len(anchor_sizes)),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=rpn_batch,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 12000, "testing": 6000},
+        post_nms_top_n={"training": 2000, "testing": 1000},
+        nms_thresh=0.7,
+    )
+    heads = C4Heads(
+        box_roi_pool=RoIPool(1 / body.stride),
+        box_head=box_head,
+        box_predictor=BoxPredictor(features, classes),
+        fg_iou_thresh=0.5,
+        bg_iou_thresh=0.5,
+        batch_size_per_image=roi_batch,
+        positive_fraction=0.25,
+        bbox_reg_weights=(10.0, 10.0, 5.0, 5.0),
+        score_thresh=0.05,
+        nms_thresh=0.5,
+        detections_per_img=100,
+        mask_predictor=MaskPredictor(features, classes) if masks else None,
+    )
+    detector = GeneralizedRCNN(body, rpn, heads, Normalize())
+    return freeze_norms(detector) if norm == "frozen" else detector
+
+
+def out_channels(layer):
+    """Channels that a layer of a ResNet puts out."""
+    convolutions = [module for name, module in layer[-1].named_children() if name.startswith("conv")]
+    return convolutions[-1].out_channels
+
+
+class C4Body(nn.Sequential):
+    """The ResNet up to layer3. `stride`: pixels of the image a feature; 16, less with the small stem."""
+
+    def __init__(self, resnet):
+        names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+        super().__init__()
+        for name in names:
+            self.add_module(name, getattr(resnet, name))
+        self.stride = 4 * resnet.conv1.stride[0] * (1 if isinstance(resnet.maxpool, nn.Identity) else 2)
+
+
+def freeze_norms(module):
+    """`module` with each BatchNorm a constant, statistics and affine, as with MODEL.RESNETS.NORM FrozenBN."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen)
+        else:
+            freeze_norms(child)
+    return module
+
+
+class Normalize(nn.Module):
+    """Images of 0 to 255, already resized, to one normalised batch, padded with zeros to the largest of them.
+
+    Stands for GeneralizedRCNNTransform, which resizes by other rules and pads to multiples of 32 (size_divisibility 0).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images, targets=None):
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        height, width = (max(sides) for sides in zip(*sizes))
+        batch = self.mean.new_zeros(len(images), 3, height, width)
+        for padded, image, (h, w) in zip(batch, images, sizes):
+            padded[:, :h, :w] = (image.to(batch.dtype) - self.mean) / self.std
+        return ImageList(batch, sizes), targets
+
+    def postprocess(self, detections, image_sizes, original_sizes):
+        return detections  # the caller knows the image's own size: `rescale`
+
+
+# ---- proposals
+
+
+class C4Anchors(AnchorGenerator):
+    """Anchors ordered by size, then ratio, not rounded (DefaultAnchorGenerator), at the true stride, in float32.
+
+    torchvision orders by ratio, rounds, infers the stride from the padded image, and follows the features' precision.
+    """
+
+    def __init__(self, sizes, aspect_ratios, stride):
+        super().__init__(sizes, aspect_ratios)
+        self.stride = stride
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
+        sizes = torch.tensor(scales, dtype=torch.float64)[:, None]
+        roots = torch.tensor(aspect_ratios, dtype=torch.float64).sqrt()[None]  # ratios are height / width
+        half = torch.stack([sizes / roots, sizes * roots], dim=2).view(-1, 2) / 2
+        return torch.cat([-half, half], dim=1).to(device, dtype)
+
+    def forward(self, image_list, feature_maps):
+        grids = [features.shape[-2:] for features in feature_maps]
+        self.set_cell_anchors(torch.float32, feature_maps[0].device)
+        anchors = torch.cat(self.grid_anchors(grids, [(self.stride, self.stride)] * len(grids)))
+        return [anchors] * len(image_list.image_sizes)
+
+
+class Float32RPNHead(RPNHead):
+    """torchvision's head; what it puts out is taken to float32, for coordinates have no place in half precision."""
+
+    def forward(self, features):
+        logits, deltas = super().forward(features)
+        return [x.float() for x in logits], [x.float() for x in deltas]
+
+
+class ProposalNetwork(RegionProposalNetwork):
+    """RPN with detectron2's losses, filter, and a sample that is a function of each target's generator."""
+
+    def assign_targets_to_anchors(self, anchors, targets):
+        """As torchvision, and the anchors that are not sampled are marked -1, too."""
+        labels, matched = super().assign_targets_to_anchors(anchors, targets)
+        sampler = self.fg_bg_sampler
+        size, fraction = sampler.batch_size_per_image, sampler.positive_fraction
+        for image_labels, target in zip(labels, targets, strict=True):
+            chosen = sample(image_labels, size, fraction, target.get("generator"))
+            unchosen = torch.ones_like(image_labels, dtype=torch.bool)
+            unchosen[chosen] = False
+            image_labels[unchosen] = -1
+        return labels, matched
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        """Both losses are sums over samples / (batch size an image * images), boxes by L1 (SMOOTH_L1_BETA 0)."""
+        normalizer = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        labels, targets = torch.cat(labels), torch.cat(regression_targets)
+        sampled, positive = labels >= 0, labels == 1
+        box_loss = F.l1_loss(pred_bbox_deltas[positive], targets[positive], reduction="sum")
+        objectness_loss = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], labels[sampled], reduction="sum"
+        )
+        return objectness_loss / normalizer, box_loss / normalizer
+
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        """The best of each image after NMS, by logits; only boxes of no area go (MIN_SIZE 0) or not finite."""
+        objectness = objectness.detach().view(len(proposals), -1)
+        logits, order = objectness.topk(min(self.pre_nms_top_n(), objectness.shape[1]), dim=1)
+        boxes_of, logits_of = [], []
+        for boxes, image_logits, chosen, shape in zip(proposals, logits, order, image_shapes):
+            boxes = boxes[chosen]
+            finite = boxes.isfinite().all(dim=1) & image_logits.isfinite()
+            boxes = clip_boxes_to_image(boxes, shape)
+            keep = finite & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            boxes, image_logits = boxes[keep], image_logits[keep]
+            one_level = torch.zeros_like(image_logits, dtype=torch.long)
+            keep = batched_nms(boxes, image_logits, one_level, self.nms_thresh)[: self.post_nms_top_n()]
+            boxes_of.append(boxes[keep])
+            logits_of.append(image_logits[keep])
+        return boxes_of, logits_of
+
+
+def sample(labels, size, fraction, generator=None):
+    """Indices of at most size * fraction labels above 0, filled up to `size` with labels that are 0.
+
+    generator: on the CPU, so that the choice is the same on any device; None for torch's own.
+    """
+    positive, negative = (torch.where(chosen)[0] for chosen in (labels >= 1, labels == 0))
+    positives = min(len(positive), int(size * fraction))
+    negatives = min(len(negative), size - positives)
+    drawn = [
+        group[torch.randperm(len(group), generator=generator)[:count].to(group.device)]
+        for group, count in ((positive, positives), (negative, negatives))
+    ]
+    return torch.cat(drawn)
+
+
+# ---- heads
+
+
+class RoIPool(nn.Module):
+    """RoIAlign of 14 x 14 with aligned=True and as many samples a bin as it has features (POOLER_TYPE ROIAlignV2)."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, features, boxes, image_shapes):
+        return roi_align(features["0"], boxes, POOLED, self.scale, sampling_ratio=0, aligned=True)
+
+
+class BoxPredictor(nn.Module):
+    """Class logits (N, 1 + K), background first, and box deltas (N, 4 (1 + K)), zeros for the background.
+
+    The parameters are detectron2's FastRCNNOutputLayers but for the background, which comes last there.
+    """
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.cls_score = nn.Linear(features, 1 + classes)
+        self.bbox_pred = nn.Linear(features, 4 * classes)
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
+
+
+class MaskPredictor(nn.Module):
+    """(N, C, 7, 7) features of layer4 -> (N, K, 14, 14) mask logits (MaskRCNNConvUpsampleHead without convolutions)."""
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.deconv = nn.ConvTranspose2d(features, 256, 2, stride=2)
+        self.predictor = nn.Conv2d(256, classes, 1)
+        nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        for layer in (self.deconv, self.predictor):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        return self.predictor(F.relu(self.deconv(x))).float()
+
+
+class C4Heads(RoIHeads):
+    """layer4 and its norm on each RoI, shared by boxes and masks (Res5ROIHeads with the reference's extra norm)."""
+
+    def has_mask(self):
+        return self.mask_predictor is not None
+
+    def check_targets(self, targets):
+        pass  # "masks" or "polygons": `mask_targets`
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        if not self.training:
+            return self.detect(features, proposals, image_shapes), {}
+        self.generators = [target.get("generator") for target in targets]  # for `subsample`, which gets no targets
+        proposals, matched, labels, box_targets = self.select_training_samples(proposals, targets)
+        pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))  # (RoIs, C, 7, 7)
+        class_logits, deltas = self.box_predictor(pooled.mean(dim=(2, 3)))
+        losses = box_losses(class_logits, deltas, torch.cat(labels), torch.cat(box_targets))
+        if self.has_mask():
+            positive = [image_labels > 0 for image_labels in labels]
+            mask_logits = self.mask_predictor(pooled[torch.cat(positive)])
+            truth = [
+                mask_targets(target, boxes[chosen], indices[chosen])
+                for target, boxes, indices, chosen in zip(targets, proposals, matched, positive)
+            ]
+            losses["loss_mask"] = mask_loss(mask_logits, torch.cat(truth), torch.cat(labels))
+        return [], losses
+
+    def subsample(self, labels):
+        size, fraction = self.fg_bg_sampler.batch_size_per_image, self.fg_bg_sampler.positive_fraction
+        return [sample(image, size, fraction, g) for image, g in zip(labels, self.generators, strict=True)]
+
+    def detect(self, features, proposals, image_shapes):
+        """Boxes from the proposals, then masks from the boxes."""
+        pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        class_logits, deltas = self.box_predictor(pooled.mean(dim=(2, 3)))
+        found = self.postprocess_detections(class_logits, deltas, proposals, image_shapes)
+        detections = [dict(zip(("boxes", "scores", "labels"), image)) for image in zip(*found)]
+        if self.has_mask():
+            boxes = [image["boxes"] for image in detections]
+            logits = self.mask_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
+            labels = torch.cat([image["labels"] for image in detections])
+            chosen = logits[torch.arange(len(logits), device=logits.device), labels - 1].sigmoid()
+            for image, masks in zip(detections, chosen.split([len(b) for b in boxes])):
+                image["masks"] = masks
+        return detections
+
+    def postprocess_detections(self, class_logits, box_regression, proposals, image_shapes):
+        """As torchvision, but boxes stay however thin (`rescale` drops those without area) unless not finite."""
+        counts = [len(boxes) for boxes in proposals]
+        all_boxes = self.box_coder.decode(box_regression, proposals).view(len(class_logits), -1, 4)
+        all_scores = class_logits.softmax(dim=1)
+        found = []
+        for boxes, scores, shape in zip(all_boxes.split(counts), all_scores.split(counts), image_shapes):
+            finite = boxes.isfinite().all(dim=2).all(dim=1) & scores.isfinite().all(dim=1)
+            boxes, scores = clip_boxes_to_image(boxes[finite], shape)[:, 1:], scores[finite, 1:]
+            roi, label = torch.where(scores > self.score_thresh)
+            boxes, scores = boxes[roi, label], scores[roi, label]
+            keep = batched_nms(boxes, scores, label, self.nms_thresh)[: self.detections_per_img]
+            found.append((boxes[keep], scores[keep], label[keep] + 1))
+        return tuple(zip(*found))
+
+
+def box_losses(class_logits, deltas, labels, box_targets):
+    """Cross-entropy, and L1 on the box of the true class (SMOOTH_L1_BETA 0), both a mean over all RoIs."""
+    positive = torch.where(labels > 0)[0]
+    chosen = deltas.view(len(deltas), -1, 4)[positive, labels[positive]]
+    box_loss = F.l1_loss(chosen, box_targets[positive], reduction="sum") / max(1, len(labels))
+    return {"loss_classifier": F.cross_entropy(class_logits, labels), "loss_box_reg": box_loss}
+
+
+def mask_loss(mask_logits, truth, labels):
+    """Binary cross-entropy on the mask of the true class; 0 that still has a gradient where no RoI is positive."""
+    labels = labels[labels > 0]
+    if not len(labels):
+        return mask_logits.sum() * 0
+    chosen = mask_logits[torch.arange(len(labels), device=labels.device), labels - 1]
+    return F.binary_cross_entropy_with_logits(chosen, truth)
+
+
+def mask_targets(target, boxes, indices):
+    """What the masks of RoIs should be: (n, 14, 14) of 0 and 1.
+
+    target: with "polygons" (MASK_FORMAT polygon, the reference's) or bit masks "masks" (m, H, W). boxes: (n, 4).
+    indices: the object that each RoI matched. Polygons are drawn by COCO's own routine, one RoI at a time on the host.
+    """
+    if "masks" in target:
+        masks = target["masks"][indices][:, None].float()
+        rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes), boxes], dim=1)
+        return (roi_align(masks, rois, POOLED, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+    from pycocotools import mask as coco_mask
+
+    drawn = torch.zeros(len(boxes), POOLED, POOLED)
+    for out, box, index in zip(drawn, boxes.double().cpu(), indices.tolist()):
+        origin, sides = box[:2].numpy(), (box[2:] - box[:2]).clamp(min=0.1).numpy()
+        rings = [((ring - origin) / sides * POOLED).flatten().tolist() for ring in target["polygons"][index]]
+        encoded = coco_mask.merge(coco_mask.frPyObjects(rings, POOLED, POOLED))
+        out.copy_(torch.from_numpy(coco_mask.decode(encoded)))
+    return drawn.to(boxes.device)
+
+
+# ---- detections at the image's own size
+
+
+def rescale(detections, network_size, output_size):
+    """The detections of one image from the network's size to the image's own, both (height, width).
+
+    Boxes are scaled, clipped, and dropped where nothing is left; masks are pasted: (n, H, W) bool, on the same device.
+    """
+    scale = [output / network for output, network in zip(output_size, network_size)]
+    boxes = detections["boxes"] * detections["boxes"].new_tensor([scale[1], scale[0]] * 2)
+    boxes = clip_boxes_to_image(boxes, output_size)
+    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    result = {key: values[keep] for key, values in (detections | {"boxes": boxes}).items()}
+    if "masks" in result:
+        result["masks"] = paste_masks(result["masks"], result["boxes"], output_size)
+    return result
+
+
+def paste_masks(masks, boxes, size):
+    """(n, 14, 14) probabilities of boxes (n, 4) -> (n, H, W) bool: sampled bilinearly at pixel centres, >= 0.5."""
+    height, width = size
+    rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=boxes.device)
+    chunk = max(1, PASTE_CHUNK // (height * width))
+    for first in range(0, len(masks), chunk):
+        part = slice(first, first + chunk)
+        x0, y0, x1, y1 = boxes[part, :, None].unbind(dim=1)  # (chunk, 1) each
+        x, y = (columns - x0) / (x1 - x0) * 2 - 1, (rows - y0) / (y1 - y0) * 2 - 1
+        grid = torch.stack(
+            [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=3
+        )  # (chunk, H, W, 2)
+        pasted[part] = F.grid_sample(masks[part, None].float(), grid, align_corners=False)[:, 0] >= 0.5
+    return pasted
+
+
+# ---- BatchNorm statistics for evaluation
+
+
+@torch.no_grad()
+def precise_statistics(module, forward_passes, accelerator):
+    """Set each BatchNorm's running statistics to the mean and population variance of all its inputs in these passes.
+
+    forward_passes: an iterator that runs `module` in training mode once before each of its items. All processes make
+    equally many. The statistics of training itself are a moving average over few images a step, of weights that were
+    still changing: in evaluation they cost AP, so the reference computes them anew (TEST.PRECISE_BN).
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta, counts = [norm.momentum for norm in norms], {}
+
+    def count(norm, inputs):
+        shared = accelerator.num_processes if isinstance(norm, nn.SyncBatchNorm) else 1
+        counts[norm] = inputs[0].numel() // inputs[0].shape[1] * shared
+
+    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the running statistics are then those of the last pass
+    totals = [norm.running_mean.new_zeros(3, norm.num_features, dtype=torch.float64) for norm in norms]
+    for _ in forward_passes:
+        for norm, total in zip(norms, totals):
+            n, mean, var = counts[norm], norm.running_mean.double(), norm.running_var.double()
+            total += torch.stack([torch.ones_like(mean), mean, var * (n - 1) / n + mean.square()]) * n
+    for norm, total, momentum in zip(norms, totals, momenta):
+        n, mean, square = accelerator.reduce(total, "sum")
+        norm.running_mean.copy_(mean / n)
+        norm.running_var.copy_(square / n - (mean / n).square())
+        norm.momentum = momentum
+    for hook in hooks:
+        hook.remove()
