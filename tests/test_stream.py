@@ -1,9 +1,16 @@
 """Parquet files read by row group: coverage, order, resuming, read-ahead. pytest tests/test_stream.py"""
 
+import contextlib
 import itertools
 import json
+import re
+import socket
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import run_script
@@ -11,7 +18,7 @@ from conftest import run_script
 from moco.data import load_splits, sample_rows, train_batches, train_keys
 from moco.errors import UserError
 from moco.shapes import draw_scene, encode_jpeg
-from moco.stream import read_footer, stream_keys
+from moco.stream import ParquetImages, read_footer, read_footers, stream_keys
 
 GROUPS = np.array([7, 10, 10, 3, 10, 10, 6, 10, 10, 10, 1, 10, 10, 4])  # rows: 111
 
@@ -140,3 +147,81 @@ def test_a_streamed_run_resumes_in_mid_epoch_and_with_other_workers_at_its_begin
         (tmp_path / "run" / "checkpoints" / name / "state.json").unlink()
     other, said = losses(tmp_path / "run", "--workers", 2, "--resume")
     assert "resume  after step 0" in said and "not 3" in said and len(other) == 8 and other != whole
+
+
+# ---- from a server
+
+
+@contextlib.contextmanager
+def resolving(folder, faults, monkeypatch):
+    """A server on loopback for the files of `folder` at the Hub's resolve addresses; yields the ranges asked for.
+
+    faults: consumed one a request: a status to answer with, "reset", "truncate", or None for none.
+    """
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            path = re.fullmatch(r"/datasets/some/one/resolve/abc/(.+)", self.path)
+            fault = 404  # the client asks for other things of its own accord
+            if path:
+                asked.append(self.headers["Range"])
+                fault = faults.pop(0) if faults else None
+            if isinstance(fault, int):
+                self.send_response(fault)
+                if fault in (401, 403):
+                    self.send_header("X-Error-Code", "GatedRepo")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            data = (folder / path[1]).read_bytes()
+            first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers["Range"]).groups()
+            start, end = (int(first), int(last) + 1) if first else (max(0, len(data) - int(last)), len(data))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+            self.send_header("Content-Length", str(end - start))
+            self.end_headers()
+            body = data[start:end]
+            self.wfile.write(body[: len(body) // 2] if fault in ("reset", "truncate") else body)
+            self.close_connection = fault is not None
+            if fault == "reset":
+                self.wfile.flush()
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+
+        def log_message(self, *values):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    try:
+        yield asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("faults", [[], [500], [503, 429], ["reset"], ["truncate", 502]])
+def test_faults_of_the_server_change_nothing(folder, monkeypatch, faults):
+    paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
+    with resolving(folder, [], monkeypatch) as asked:
+        images = ParquetImages(paths, read_footers(paths), "image", "label")
+        assert len(asked) == 3  # a footer a request
+    local, _ = load_splits(str(folder))
+    assert images.fingerprint() == local.fingerprint()
+    with resolving(folder, list(faults), monkeypatch) as asked:
+        assert all(images[row] == local[row] for row in range(25))
+        assert len(asked) == 3 + len(faults)  # one request a row group, and one more a fault
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_is_not_tried_again_and_says_what_to_do(folder, monkeypatch, status):
+    with resolving(folder, [status], monkeypatch) as asked:
+        with pytest.raises(UserError, match="accept the dataset's terms.*hf auth login"):
+            read_footer("hf://datasets/some/one@abc/train-0-of-3.parquet")
+        assert len(asked) == 1
