@@ -14,8 +14,6 @@ import os
 import re
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from moco.augment import normalize, to_float
-from moco.backbone import fitting_arch, load_backbone, read_backbone, save_backbone
+from moco.backbone import feature_width, fitting_arch, load_backbone, read_backbone, save_backbone
 from moco.checkpoint import (
     check_equal_state,
     complete_checkpoints,
@@ -55,6 +53,7 @@ from moco.encoder import resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
 from moco.publish import push_backbone
+from moco.run import check_limits, check_output, check_unchanged, finish
 from moco.schedule import learning_rate
 
 # What --data shapes changes, so that two CPU cores finish in minutes.
@@ -140,13 +139,7 @@ def parse_args():
         )
         output, args = args.output, parser.parse_args()
         args.output = output
-        for name in vars(args).keys() - FREE_ON_RESUME:
-            if getattr(args, name) != saved[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{flag} {getattr(args, name)} cannot resume {output}, which has {flag} {saved[name]};"
-                    " leave the flag out, or start a new run with another --output"
-                )
+        check_unchanged(output, vars(args), saved, FREE_ON_RESUME)
     if args.backbone is None:
         raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
     if args.backbone == "random" and args.arch is None:
@@ -191,26 +184,14 @@ def check_args(args, processes):
         "keep": (args.keep >= 1, "at least 1"),
         "log_every": (args.log_every >= 1, "at least 1"),
     }
-    for name, (good, limit) in limits.items():
-        if not good:
-            value = getattr(args, name)
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise UserError(f"--{name.replace('_', '-')} {shown} must be {limit}")
+    check_limits(vars(args), limits)
     if len(set(args.lr)) < len(args.lr):
         raise UserError(f"--lr {' '.join(map(str, args.lr))} has a value twice; name each once")
     if args.batch_size % processes:
         below, above = args.batch_size // processes * processes, (args.batch_size // processes + 1) * processes
         remedy = f"{below} or {above}" if below else f"{above}"
         raise UserError(f"--batch-size {args.batch_size} is not divisible by {processes} processes; use {remedy}")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output).close()
-    except OSError as error:
-        raise UserError(f"--output {args.output} cannot be written ({error}); name another folder") from error
-    if not (args.resume or args.evaluate) and complete_checkpoints(args.output / "checkpoints"):
-        raise UserError(
-            f"--output {args.output} holds another run; add --resume to go on with it, or name another folder"
-        )
+    check_output(args.output, args.resume or args.evaluate)
 
 
 # ---- data
@@ -335,14 +316,6 @@ def print_settings(args, arch, width, counts, processes):
         print(f"cache   features of one fixed crop of each image, {gigabytes:.1f} GB; the accuracy is approximate")
 
 
-def finish(accelerator, code, message):
-    """Stop every process with this exit code, saying why once."""
-    if accelerator.is_main_process:
-        print(message, file=sys.stderr)
-    accelerator.end_training()
-    sys.exit(code)
-
-
 def main():
     args = parse_args()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -357,11 +330,12 @@ def main():
     if not is_main:
         datasets.disable_progress_bars()
     with accelerator.local_main_process_first():  # what is downloaded or drawn is made once a machine
-        known = {} if args.backbone == "random" else read_backbone(args.backbone, args.encoder)[1]
+        # Only the card asks what is known of the weights; to tell it reads them a second time.
+        known = read_backbone(args.backbone, args.encoder)[1] if args.push_to_hub and args.backbone != "random" else {}
         backbone = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
     train_set, test_set = load_splits(args.data, args.image_column, args.label_column, streaming=False)
     arch, _ = fitting_arch(backbone.state_dict())
-    width = [value for value in backbone.state_dict().values() if value.dim() == 4][-1].shape[0]
+    width = feature_width(backbone.state_dict())
     digest = weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them: in training mode it
     # would change the very features that are measured, even without gradients.

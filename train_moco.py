@@ -12,8 +12,6 @@ import json
 import math
 import os
 import signal
-import sys
-import tempfile
 import time
 import warnings
 from contextlib import nullcontext
@@ -55,6 +53,7 @@ from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor
 from moco.publish import push_backbone
 from moco.report import save_curves, save_views
+from moco.run import check_limits, check_output, check_unchanged, finish
 from moco.schedule import learning_rate
 from moco.shuffle import encode_keys, shuffle_order
 
@@ -148,13 +147,7 @@ def parse_args():
         parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved and name != "output"})
         output, args = args.output, parser.parse_args()
         args.output = output
-        for name in vars(args).keys() - FREE_ON_RESUME:
-            if getattr(args, name) != saved[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{flag} {getattr(args, name)} cannot resume {output}, which has {flag} {saved[name]};"
-                    " leave the flag out, or start a new run with another --output"
-                )
+        check_unchanged(output, vars(args), saved, FREE_ON_RESUME)
     return args
 
 
@@ -190,9 +183,7 @@ def check_args(args, processes):
         "knn_every": (args.knn_every >= 0, "0 (never) or more"),
         "arch": (args.arch in resnet_names(), f"one of {', '.join(resnet_names())}"),
     }
-    for name, (good, limit) in limits.items():
-        if not good:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {limit}")
+    check_limits(vars(args), limits)
     unit = processes * args.bn_batch
     if args.batch_size % unit:
         below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
@@ -201,15 +192,7 @@ def check_args(args, processes):
             f"--batch-size {args.batch_size} is not divisible by {processes} processes of BatchNorm micro-batches of"
             f" {args.bn_batch} (--bn-batch); use --batch-size {remedy}, or another --bn-batch"
         )
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output).close()
-    except OSError as error:
-        raise UserError(f"--output {args.output} cannot be written ({error}); name another folder") from error
-    if not args.resume and complete_checkpoints(args.output / "checkpoints"):
-        raise UserError(
-            f"--output {args.output} holds another run; add --resume to go on with it, or name another folder"
-        )
+    check_output(args.output, args.resume)
 
 
 def fast_bf16():
@@ -233,14 +216,6 @@ def print_settings(args, images, processes):
         f"output  {args.output}",
         sep="\n",
     )
-
-
-def finish(accelerator, code, message):
-    """Stop every process with this exit code, saying why once."""
-    if accelerator.is_main_process:
-        print(message, file=sys.stderr)
-    accelerator.end_training()
-    sys.exit(code)
 
 
 def main():

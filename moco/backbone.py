@@ -22,9 +22,8 @@ from torch import nn
 
 from moco.augment import MEAN, STD
 from moco.checkpoint import complete_checkpoints, load_checkpoint, write_json
-from moco.data import first_line
 from moco.encoder import build_encoder, resnet_names
-from moco.errors import UserError, one_line_errors
+from moco.errors import UserError, first_line, one_line_errors
 from moco.publish import push_backbone
 
 FORMATS = ("torchvision", "timm", "detectron2", "moco")
@@ -240,6 +239,11 @@ def fitting_arch(weights, arch=None, source="weights"):
     return best, stem
 
 
+def feature_width(weights):
+    """The number of features of a backbone with these weights: the channels of its last convolution."""
+    return [value for value in weights.values() if value.dim() == 4][-1].shape[0]
+
+
 def build_backbone(arch, stem):
     """A ResNet of `build_encoder` whose head is the identity."""
     backbone = build_encoder(arch, head="fc", stem=stem)
@@ -263,7 +267,6 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     save_file(
         {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    features = weights[[key for key in weights if key.startswith("layer4.") and "downsample.0" in key][0]].shape[0]
     settings = {name: value for name, value in settings.items() if name not in NOT_PUBLISHED}
     if "data" in settings:  # only now is it known whether the name is that of a folder here, whose path is private
         is_folder = Path(settings["data"]).is_dir()
@@ -272,7 +275,7 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     config = {
         "architecture": "resnet18" if arch == "resnet10" else arch,
         "num_classes": 0,
-        "num_features": features,
+        "num_features": feature_width(weights),
         "global_pool": "avg",
         "pretrained_cfg": {
             "tag": tag,

@@ -9,8 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import load_file
 
 from moco.checkpoint import weights_digest
-from moco.data import first_line
-from moco.errors import UserError
+from moco.errors import UserError, first_line
 
 PUBLISHED = ("model.safetensors", "config.json", "README.md", "curves.png")
 PAPERS = {

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moco.data import UNDECODABLE, check_hub_name, decode_image, first_line
-from moco.errors import UserError
+from moco.data import UNDECODABLE, check_hub_name, decode_image
+from moco.errors import UserError, first_line
 from moco.shapes import CLASSES as SHAPES_CLASSES
 from moco.shapes import draw_scene, encode_jpeg
 

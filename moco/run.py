@@ -1,0 +1,52 @@
+"""What every script does about its flags and its run folder: refuse what cannot work, resume what was begun, stop."""
+
+import sys
+import tempfile
+
+from moco.checkpoint import complete_checkpoints
+from moco.errors import UserError
+
+
+def check_limits(values, limits):
+    """Raise UserError at the first flag outside its limits.
+
+    values: {flag's name in Python: value}. limits: {name: (whether its value is good, the limit in words)}.
+    """
+    for name, (good, limit) in limits.items():
+        if not good:
+            value = values[name]
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise UserError(f"--{name.replace('_', '-')} {shown} must be {limit}")
+
+
+def check_output(output, goes_on):
+    """Make the run folder. Raises UserError where it cannot be written, or holds a run and this one does not go on."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error}); name another folder") from error
+    if not goes_on and complete_checkpoints(output / "checkpoints"):
+        raise UserError(f"--output {output} holds another run; add --resume to go on with it, or name another folder")
+
+
+def check_unchanged(output, values, saved, free):
+    """Raise UserError where a flag differs from that of the run in `output`, and what it changes is not in `free`.
+
+    values, saved: {name: value} as given now and as kept in args.json. free: names that may differ.
+    """
+    for name in values.keys() - free:
+        if values[name] != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {values[name]} cannot resume {output}, which has {flag} {saved[name]};"
+                " leave the flag out, or start a new run with another --output"
+            )
+
+
+def finish(accelerator, code, message):
+    """Stop every process with this exit code, saying why once."""
+    if accelerator.is_main_process:
+        print(message, file=sys.stderr)
+    accelerator.end_training()
+    sys.exit(code)
