@@ -3,6 +3,7 @@
 import json
 import random
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,11 +107,12 @@ def labelled(tmp_path_factory):
     return root
 
 
-def probe(data, output, *flags, processes=1):
+def probe(data, output, *flags, processes=1, says=""):
     done = run_script(
         "linear_probe.py", "--data", data, "--output", output, *SMALL.split(), *flags, processes=processes
     )
     assert done.returncode == 0, done.stderr
+    assert says in done.stdout
     return json.loads((output / "results.json").read_text())
 
 
@@ -130,3 +132,52 @@ def test_one_and_two_processes_give_the_same_top1_and_a_resumed_run_the_same_cla
     final = max((tmp_path / "cut" / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
     weights, expected = (load_file(f / "classifiers.safetensors") for f in (final, tmp_path / final.name))
     assert all(value.equal(expected[key]) for key, value in weights.items())
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory):
+    """Three files of 25 training images in row groups of 10, 10 and 5, and 13 to test on in a single one."""
+    root = tmp_path_factory.mktemp("parquet")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
+    for name, source, numbers, group in [
+        *((f"train-{file}-of-3", "train", range(25 * file, 25 * file + 25), 10) for file in range(3)),
+        ("validation-0-of-1", "test", range(13), 13),
+    ]:
+        images = [{"bytes": encode_jpeg(draw_scene(source, i)[0]), "path": f"{i}.jpg"} for i in numbers]
+        part = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in numbers]}, features=features)
+        part.to_parquet(root / f"{name}.parquet", batch_size=group)
+    return root
+
+
+def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(parquet, tmp_path):
+    """The test images are one row group, so of two processes one has none."""
+    flags = ["--lr", 1, 3, "--knn", 1, 5, "--epochs", 2, "--shuffle-window", 20, "--checkpoint-every", 2, "--keep", 9]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    whole = probe(parquet, tmp_path / "run", *flags)
+    assert whole["classes"] == 3 and whole["validation_images"] == 13
+    assert whole["train_images"] + whole["held_out_images"] == 75 and 7 <= whole["held_out_images"] <= 15
+    assert whole["steps"] == 6
+    weights = (checkpoints / "step_6" / "classifiers.safetensors").read_bytes()
+
+    def as_if_killed_after_step_2():
+        for name in ("step_6", "step_4"):
+            (checkpoints / name / "state.json").unlink()
+
+    as_if_killed_after_step_2()
+    resumed = probe(parquet, tmp_path / "run", *flags, "--resume", says="resume  after step 2")
+    assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() == weights
+    assert resumed["classifiers"] == whole["classifiers"] and resumed["knn"] == whole["knn"]
+    two = probe(parquet, tmp_path / "run", *flags, "--evaluate", processes=2)
+    assert two["classifiers"] == whole["classifiers"] and two["knn"] == whole["knn"]
+
+    as_if_killed_after_step_2()
+    probe(parquet, tmp_path / "run", *flags, "--resume", "--workers", 2, says="not 2: files, processes, workers")
+    assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() != weights
+
+
+def test_features_of_a_stream_are_cached_and_downloads_give_the_same_test_images(parquet, tmp_path):
+    flags = ["--epochs", 1, "--knn", 5]
+    streamed = probe(parquet, tmp_path / "streamed", *flags, "--cached-features")
+    downloaded = probe(parquet, tmp_path / "downloaded", *flags, "--no-streaming")
+    assert streamed["approximate"] and streamed["knn"] == downloaded["knn"]  # of the same images, untouched by training
+    assert streamed["train_images"] == downloaded["train_images"] == 75

@@ -12,11 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
+from accelerate import Accelerator
 from conftest import run_script
 
-from moco.data import load_splits, sample_rows, train_batches, train_keys
+from moco.data import load_splits, ordered_keys, sample_rows, split_rows, train_batches, train_keys
+from moco.encoder import build_encoder
 from moco.errors import UserError
+from moco.knn import extract_features
 from moco.shapes import draw_scene, encode_jpeg
 from moco.stream import ParquetImages, read_footer, read_footers, stream_keys
 
@@ -116,6 +121,52 @@ def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(fold
     plain, later = pixels(0, workers=1), pixels(5, workers=1)
     assert all(one.equal(other) for one, other in zip(plain[5:], later, strict=True))
     assert all(one.equal(other) for one, other in zip(plain, pixels(0, workers=0), strict=True))
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 4), (2, 3), (4, 5), (20, 2)])
+def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(folder, world, workers):
+    images, _ = load_splits(str(folder))
+    for rows in (range(75), [30, 31, 32, 5, 6, 70], []):
+        found, readers = {}, {}
+        for rank, (low, mine) in enumerate(split_rows(images, rows, world)):
+            for i, (first, batch, groups) in enumerate(ordered_keys(images, mine, 4, workers)):
+                found |= {low + first + j: row for j, row in enumerate(batch)}
+                assert set(images.groups_of(batch).tolist()) <= set(groups)
+                for group in groups:
+                    readers.setdefault(group, set()).add((rank, i % max(1, workers)))
+        assert [found[i] for i in range(len(rows))] == list(rows) and len(found) == len(rows)
+        assert all(len(reader) == 1 for reader in readers.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_of_a_stream_are_those_of_the_files_downloaded(folder, workers):
+    images, _ = load_splits(str(folder))
+    plain, _ = load_splits(str(folder), streaming=False)
+    encoder, rows = build_encoder("resnet10"), [30, 31, 32, 5, 6, 70, 71]
+    features, labels, _ = extract_features(encoder, images, rows, 32, workers, Accelerator(cpu=True))
+    expected, expected_labels, _ = extract_features(encoder, plain, rows, 32, 0, Accelerator(cpu=True))
+    torch.testing.assert_close(features, expected)
+    assert labels.equal(expected_labels)
+
+
+def test_selected_row_groups_are_a_stream_of_their_own(folder):
+    images, _ = load_splits(str(folder))
+    part = images.select_groups([4, 1])
+    assert len(part) == 20 and [part[i] for i in (0, 19)] == [images[i] for i in (10, 44)]
+    assert part.fingerprint() != images.fingerprint() and len(images) == 75
+
+
+def test_labels_are_told_by_the_footers(folder, tmp_path):
+    images, _ = load_splits(str(folder))
+    labels = [images[row]["label"] for row in range(75)]
+    assert images.label_range() == (0, max(labels))  # from 0 on, whatever the smallest
+    columns = {"image": [images[0]["image"]] * 4, "label": [5, None, 3, 9]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int32"))
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    assert load_splits(str(tmp_path))[0].label_range() == (-1, 9)
+    table = pq.read_table(tmp_path / "train.parquet")
+    pq.write_table(table, tmp_path / "train.parquet", write_statistics=False)
+    assert load_splits(str(tmp_path))[0].label_range() is None
 
 
 def test_what_is_no_parquet_file_is_refused(tmp_path):
