@@ -1,0 +1,279 @@
+"""A server on loopback that speaks as much of the Hub's protocol as its client libraries ask for, with faults on order.
+
+It serves the files below `root`/datasets/USER/NAME and `root`/models/USER/NAME, and takes uploads of models there. Only
+the real huggingface_hub talks to it: in this process after `Hub.here(monkeypatch)`, in others by `Hub.environment`.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
+import psutil
+
+TOKEN = "hf_of_the_tests"
+COMMIT = "c0ffee0123456789c0ffee0123456789c0ffee01"  # every repository has this one; "main" stands for it
+
+
+class Hub(ThreadingHTTPServer):
+    """faults: consumed one a request for a file: a status, "503 Retry-After", "reset", "truncate", "stall", or None.
+
+    gated: names of repositories that anybody may list and nobody fetch. private: those that are there for TOKEN only.
+    requests: (method, path, Range) of what was asked. sent: bytes of files sent, by the RANK of the process that asked,
+    or by "alone". created: {name of a repository: whether it was made private}.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, root):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.url = Path(root), f"http://127.0.0.1:{self.server_port}"
+        self.faults, self.gated, self.private, self.requests, self.sent = [], set(), set(), [], Counter()
+        self.created, self.uploads, self.stopped, self.lock = {}, {}, threading.Event(), threading.Lock()
+        self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def here(self, monkeypatch, token=None):
+        """Point this process's huggingface_hub to the server, as the environment variables would have before import."""
+        for name in ("ENDPOINT", "HF_ENDPOINT"):
+            if hasattr(huggingface_hub.constants, name):
+                monkeypatch.setattr(huggingface_hub.constants, name, self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+
+    def file_requests(self):
+        """The ranges of all requests for files, in their order."""
+        return [asked for method, path, asked in self.requests if method == "GET" and "/resolve/" in path]
+
+    def files(self, kind, name):
+        """{path in the repository: path here}."""
+        folder = self.root / kind / name
+        return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    def rank_of(self, port):
+        """The RANK of the process that holds the other end of a connection: that of a run's, if it is one."""
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr.port == port and connection.pid:
+                with contextlib.suppress(psutil.Error):
+                    return psutil.Process(connection.pid).environ().get("RANK", "alone")
+        return "alone"
+
+
+@contextlib.contextmanager
+def serving(root):
+    """A running Hub for the files below `root`."""
+    hub = Hub(root)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        hub.stopped.set()
+        hub.shutdown()
+        hub.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *values):
+        pass
+
+    # ---- answers
+
+    def answer(self, content, status=200, **headers):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refuse(self, status, code, message):
+        self.answer({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
+
+    def logged_in(self):
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def may_read(self, kind, name, files=False):
+        """Whether the repository, or also its files, is there and open; if not, the refusal is sent."""
+        hidden = name in self.server.private and not self.logged_in()
+        if hidden or not (self.server.root / kind / name).is_dir():
+            self.refuse(404 if self.logged_in() else 401, "RepoNotFound", "Repository not found")
+        elif files and name in self.server.gated:
+            self.refuse(403 if self.logged_in() else 401, "GatedRepo", f"Access to {name} is restricted")
+        else:
+            return True
+        return False
+
+    def body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    # ---- requests
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, path, self.headers.get("Range")))
+        if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            kind, name, _, file = match.groups("models")
+            if self.may_read(kind, name, files=True):
+                self.send_file(self.server.files(kind, name).get(file))
+        elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
+            if self.may_read(*match.groups()[:2]):
+                self.answer(self.information(*match.groups()[:2]))
+        elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
+            kind, name, _, folder = match.groups("")
+            if self.may_read(kind, name):
+                recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
+                self.answer(self.tree(kind, name, folder, recursive))
+        elif path == "/api/whoami-v2" and self.logged_in():
+            self.answer({"name": "user", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        else:
+            self.refuse(404, "EntryNotFound", f"{path} is not served")
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        path, body = unquote(urlsplit(self.path).path), self.body()
+        self.server.requests.append((self.command, path, None))
+        if match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            kind, name, _ = match.groups()
+            if self.may_read(kind, name):
+                wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
+                entries = {entry["path"]: entry for entry in self.tree(kind, name, "", recursive=True)}
+                self.answer([entries[path] for path in wanted if path in entries])
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif not self.logged_in():
+            self.refuse(401, "", "Invalid username or password.")
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", path):
+            lfs = ("lfs", "regular")
+            files = [{"path": f["path"], "shouldIgnore": False, "oid": None} for f in json.loads(body)["files"]]
+            self.answer(
+                {"files": [f | {"uploadMode": lfs[not f["path"].endswith(("safetensors", "png"))]} for f in files]}
+            )
+        elif re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            upload = [
+                o | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            self.answer({"transfer": "basic", "objects": upload})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", path):
+            self.commit(match[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self.refuse(404, "EntryNotFound", f"{path} is not served")
+
+    def do_PUT(self):
+        body = self.body()
+        oid = self.path.removeprefix("/lfs/")
+        if hashlib.sha256(body).hexdigest() != oid:
+            self.refuse(400, "", f"the content is not that of {oid}")
+            return
+        self.server.uploads[oid] = body
+        self.answer({})
+
+    # ---- repositories
+
+    def information(self, kind, name):
+        files = self.server.files(kind, name)
+        return {
+            "id": name, "sha": COMMIT, "private": name in self.server.private, "gated": name in self.server.gated,
+            "tags": [], "lastModified": "2024-01-01T00:00:00.000Z", "siblings": [{"rfilename": f} for f in files],
+            "disabled": False, "downloads": 0, "likes": 0,
+        }  # fmt: skip
+
+    def tree(self, kind, name, folder, recursive):
+        """Files and folders below `folder`, as the Hub lists them."""
+        entries, prefix = {}, f"{folder}/" if folder else ""
+        for path, here in self.server.files(kind, name).items():
+            if not path.startswith(prefix):
+                continue
+            parents = [str(parent) for parent in Path(path).parents if str(parent) not in (".", folder)]
+            entries |= {parent: {"type": "directory", "path": parent, "oid": "0", "size": 0} for parent in parents}
+            oid = hashlib.sha256(here.read_bytes()).hexdigest()[:40]
+            entries[path] = {"type": "file", "path": path, "oid": oid, "size": here.stat().st_size}
+        return [entry for path, entry in entries.items() if recursive or "/" not in path.removeprefix(prefix)]
+
+    def create(self, wanted):
+        name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        folder = self.server.root / "models" / name
+        if not name.startswith("user/"):
+            self.refuse(403, "", f"You don't have the rights to create a model under the namespace {name}")
+        else:
+            status = 409 if folder.exists() else 200
+            folder.mkdir(parents=True, exist_ok=True)
+            self.server.created.setdefault(name, wanted.get("private"))
+            self.answer({"url": f"{self.server.url}/{name}", "name": name, "private": wanted.get("private")}, status)
+
+    def commit(self, name, lines):
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                continue
+            path = self.server.root / "models" / name / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(
+                base64.b64decode(value["content"]) if line["key"] == "file" else self.server.uploads[value["oid"]]
+            )
+        self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""})
+
+    # ---- files
+
+    def send_file(self, path):
+        fault = None
+        if self.command == "GET":
+            with self.server.lock:
+                fault = self.server.faults.pop(0) if self.server.faults else None
+        if fault == "503 Retry-After":
+            self.answer({"error": "busy"}, 503, Retry_After=1)
+        elif isinstance(fault, int):
+            self.refuse(fault, "GatedRepo" if fault in (401, 403) else "", "on order")
+        elif path is None:
+            self.refuse(404, "EntryNotFound", "Entry not found")
+        else:
+            self.send_range(path.read_bytes(), fault)
+
+    def send_range(self, data, fault):
+        first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "bytes=0-").groups()
+        start, end = (
+            (int(first), int(last or len(data) - 1) + 1) if first else (max(0, len(data) - int(last)), len(data))
+        )
+        end = min(end, len(data))
+        self.send_response(206 if self.headers.get("Range") else 200)
+        if self.headers.get("Range"):
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        body = data[start:end]
+        if fault:
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+        with self.server.lock:
+            self.server.sent[self.server.rank_of(self.client_address[1])] += len(body)
+        self.close_connection = fault is not None
+        if fault == "stall":
+            self.wfile.flush()
+            self.server.stopped.wait()
+        elif fault == "reset":
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
