@@ -244,19 +244,17 @@ def part_windows(rows_in_group, seed, epoch, part, low, high, window):
     part: any ints that name it, the source of its shuffle. window: rows; it ends with the row group that reaches it.
     Yields arrays of row numbers and lists of row group numbers.
     """
-    first_row = np.concatenate([[0], rows_in_group.cumsum()])
     order = np.random.default_rng([*b"groups", seed, epoch]).permutation(len(rows_in_group))
     ends = rows_in_group[order].cumsum()
-    begin, stop = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1
-    groups, pieces, rows, index = [], [], 0, 0
-    for i in range(begin, min(stop, len(order))):
-        group, start = int(order[i]), ends[i] - rows_in_group[order[i]]
-        piece = np.arange(max(low, start) - start, min(high, ends[i]) - start) + first_row[group]
-        groups, pieces, rows = [*groups, group], [*pieces, piece], rows + len(piece)
-        if rows >= window or ends[i] >= high:
-            shuffle = np.random.default_rng([*b"window", seed, epoch, *part, index])
-            yield shuffle.permutation(np.concatenate(pieces)), groups
-            groups, pieces, rows, index = [], [], 0, index + 1
+    shift = rows_in_group.cumsum()[order] - ends  # from the position of a row in this order to its number
+    rng = np.random.default_rng([*b"windows", seed, epoch, *part])
+    while low < high:
+        first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, min(low + window, high), "left")
+        stop = min(int(ends[last]), high)
+        rows_of_each = np.diff(ends[first:last], prepend=low, append=stop)
+        rows = np.arange(low, stop) + np.repeat(shift[first : last + 1], rows_of_each)
+        yield rng.permutation(rows), order[first : last + 1].tolist()
+        low = stop
 
 
 def worker_windows(rows_in_group, batch_size, seed, start, rank, world, worker, workers, window):
