@@ -61,6 +61,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
                 and all(str(path).endswith(".parquet") for paths in files.values() for path in paths)
             ):
                 return parquet_splits(name, files, image_column, label_column)
+            if streaming and not folder.is_dir() and PartialState().is_main_process:
+                print(f"data    {name} is not in parquet files: downloaded once a machine in place of being streamed")
             with PartialState().local_main_process_first():
                 builder.download_and_prepare()
             splits = builder.as_dataset()
