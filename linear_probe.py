@@ -132,11 +132,9 @@ def parse_args():
     given, _ = parser.parse_known_args()
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     args = parser.parse_args()
-    if args.output is None:
-        if args.backbone is None:
-            raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
+    if args.output is None and args.backbone is not None:
         args.output = default_output(args.backbone, args.data)
-    if args.resume or args.evaluate:
+    if args.output is not None and (args.resume or args.evaluate):
         saved = read_run(args.output)
         parser.set_defaults(
             **{

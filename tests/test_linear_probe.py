@@ -4,6 +4,7 @@ import json
 import random
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
 
-from linear_probe import LinearClassifiers, build_optimizer, count_correct, train_step
+from linear_probe import LinearClassifiers, build_optimizer, count_classes, count_correct, hold_out, train_step
+from moco.data import load_splits
+from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
 from moco.schedule import learning_rate
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
@@ -147,6 +150,28 @@ def parquet(tmp_path_factory):
         part = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in numbers]}, features=features)
         part.to_parquet(root / f"{name}.parquet", batch_size=group)
     return root
+
+
+def test_classes_of_a_stream_are_told_without_reading_it(tmp_path):
+    def stream(labels, feature, statistics=True):
+        features = datasets.Features(image=datasets.Image(), label=feature)
+        part = datasets.Dataset.from_dict({"image": [None] * len(labels), "label": labels}, features=features)
+        pq.write_table(part.data.table, tmp_path / "train.parquet", write_statistics=statistics)
+        return load_splits(str(tmp_path))[0]
+
+    named, numbers = datasets.ClassLabel(names=["a", "b", "c"]), datasets.Value("int32")
+    for split in (stream([0, 1], named), stream([0, 1], named, statistics=False), stream([0, 2, 1], numbers)):
+        assert count_classes(split, None, "D") == 3
+    for split, message in (
+        (stream([0, -1], named), "labels from -1 to 0 for 3 classes"),
+        (stream([0, None], numbers), "some images are not labelled"),
+        (stream([0, 1], numbers, statistics=False), "names no classes, .*; --no-streaming counts them"),
+        (stream(["a", "b"], datasets.Value("string")), "labels of type string"),
+    ):
+        with pytest.raises(UserError, match=message):
+            count_classes(split, None, "D")
+    with pytest.raises(UserError, match="1 row groups, too few to hold 1 of 2 images out; --no-streaming"):
+        hold_out(stream([0, 1], named), 1, b"validation", 0)
 
 
 def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(parquet, tmp_path):
