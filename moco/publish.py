@@ -29,7 +29,7 @@ def push_backbone(run, name, private=False):
     again = f"everything is in {folder}, so try again with `python -m moco.backbone push {run} {name}`"
     try:
         api = huggingface_hub.HfApi()
-        url = api.create_repo(name, private=private, exist_ok=True)
+        url = api.create_repo(name, private=private or None, exist_ok=True)  # None: as the organisation has it
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
@@ -85,7 +85,7 @@ def model_card(config, results, name, with_curves):
         library_name=None if small else "timm",
         pipeline_tag="image-feature-extraction",
         tags=["image-feature-extraction", *([] if small else ["timm", "transformers"]), "moco"],
-        license="mit",
+        license="mit" if settings.get("recipe") else "other",  # of imported weights the source's, which is not known
         datasets=[settings["data"]] if settings.get("data_on_hub") else None,
         metrics=["accuracy"],
         model_name=name.split("/")[-1],

@@ -2,17 +2,19 @@
 
 import json
 import random
+import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import run_script
+from conftest import run_script, start_script, wait_for_step
 from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
 
 from linear_probe import LinearClassifiers, build_optimizer, count_correct, train_step
+from moco.checkpoint import complete_checkpoints
 from moco.knn import knn_evaluate, knn_predict
 from moco.schedule import learning_rate
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
@@ -130,3 +132,13 @@ def test_one_and_two_processes_give_the_same_top1_and_a_resumed_run_the_same_cla
     final = max((tmp_path / "cut" / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
     weights, expected = (load_file(f / "classifiers.safetensors") for f in (final, tmp_path / final.name))
     assert all(value.equal(expected[key]) for key, value in weights.items())
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(labelled, tmp_path):
+    flags = ["--data", labelled, *SMALL.split(), "--epochs", 50, "--log-every", 1]
+    process = start_script("linear_probe.py", "--output", tmp_path / "run", *flags)
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    step = int(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_"))
+    assert process.returncode == 143 and f"stopped after step {step}" in stderr

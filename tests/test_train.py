@@ -5,19 +5,16 @@ pytest tests/test_train.py
 
 import copy
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, run_script
+from conftest import run_script, start_script, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -154,25 +151,7 @@ def uninterrupted(folder, tmp_path_factory):
 
 
 def start(folder, output, *flags):
-    command = [sys.executable, "train_moco.py", "--data", folder, "--output", output, *SMALL, *flags]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def wait_for_step(process, output, step):
-    while process.poll() is None:
-        if (output / "metrics.jsonl").exists() and any(
-            line["step"] >= step for line in read_metrics(output / "metrics.jsonl")
-        ):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+    return start_script("train_moco.py", "--data", folder, "--output", output, *SMALL, *flags)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -204,15 +183,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(folder, uninterrupted, tm
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(folder, tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_moco.py"]
-    command += ["--data", folder, "--output", output, *SMALL, *RUN, "--epochs", "500", "--workers", "0"]
-    launcher = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    flags = ["--data", folder, "--output", output, *SMALL, *RUN, "--epochs", "500", "--workers", "0"]
+    launcher = start_script("train_moco.py", *flags, processes=2)
     wait_for_step(launcher, output, 4)
     second = next(p for p in psutil.Process(launcher.pid).children() if p.environ()["RANK"] == "1")
     second.send_signal(signal.SIGTERM)
