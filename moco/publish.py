@@ -15,6 +15,7 @@ PUBLISHED = ("model.safetensors", "config.json", "README.md", "curves.png")
 PAPERS = {
     "v1": "MoCo v1 ([arXiv:1911.05722](https://arxiv.org/abs/1911.05722))",
     "v2": "MoCo v2 ([arXiv:2003.04297](https://arxiv.org/abs/2003.04297))",
+    "simclr": "SimCLR ([arXiv:2002.05709](https://arxiv.org/abs/2002.05709))",
 }
 
 
@@ -91,7 +92,7 @@ def model_card(config, results, name, with_curves):
         model_name=name.split("/")[-1],
         eval_results=evaluations(results) if results else None,
     )
-    how = PAPERS[settings["recipe"][:2]] if settings.get("recipe") else "imported from elsewhere"
+    how = PAPERS[settings["recipe"].split("-")[0]] if settings.get("recipe") else "imported from elsewhere"
     size = config["pretrained_cfg"]["input_size"][-1]
     parts = [
         f"---\n{front.to_yaml()}\n---\n",

@@ -81,6 +81,7 @@ def refuse(monkeypatch, capsys, tmp_path):
         ("--image-size 15", "--image-size 15 at least 16"),
         ("--epochs 0", "--epochs 0 at least 1"),
         ("--lr 0", "--lr 0.0 above 0"),
+        ("--recipe simclr --epochs 10", "--warmup-epochs 10 below the 10 epochs"),
         ("--workers -1", "--workers -1 0 or more"),
         ("--seed -1", "--seed -1 0 or more"),
     ],
@@ -270,6 +271,9 @@ def test_a_batch_that_two_processes_cannot_share(folder, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1
     assert "12 is not divisible by 2 processes" in lines[0] and "use --batch-size 8 or 16" in lines[0]
+    flags += ["--recipe", "simclr", "--bn-batch", "12", "--epochs", "20"]
+    done = run_script("train_moco.py", "--data", folder, "--output", tmp_path / "run", *flags, processes=2)
+    assert "--bn-batch 12 over 2 processes needs SyncBatchNorm" in done.stderr and "use --bn-batch 6" in done.stderr
 
 
 class Failing(Dataset):
