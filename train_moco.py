@@ -1,9 +1,10 @@
-"""Pre-train an image backbone with momentum contrast, MoCo v1 (arXiv:1911.05722) or v2 (arXiv:2003.04297).
+"""Pre-train an image backbone: MoCo v1 (arXiv:1911.05722), MoCo v2 (arXiv:2003.04297), or SimCLR (arXiv:2002.05709).
 
 accelerate launch train_moco.py --data shapes          the built-in data, minutes on two CPU cores
 accelerate launch train_moco.py                        the paper's MoCo v2: ResNet-50, ImageNet, 200 epochs
 accelerate launch train_moco.py --output RUN --resume  go on where RUN stopped
 accelerate launch --config_file accelerate_config.yaml train_moco.py --data FOLDER --recipe v1
+accelerate launch train_moco.py --recipe simclr        the end-to-end counterpart that MoCo is compared with
 """
 
 import argparse
@@ -24,6 +25,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from tqdm import tqdm
 
+from moco.augment import RECIPES as AUGMENTATIONS
 from moco.augment import ViewAugment, sample_params
 from moco.backbone import save_backbone
 from moco.checkpoint import (
@@ -38,7 +40,7 @@ from moco.checkpoint import (
     trim_metrics,
     write_json,
 )
-from moco.contrast import KeyQueue, contrastive_logits
+from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
 from moco.data import (
     MAX_UNDECODABLE,
     load_splits,
@@ -54,17 +56,22 @@ from moco.knn import knn_monitor
 from moco.publish import push_backbone
 from moco.report import save_curves, save_views
 from moco.run import check_limits, check_output, check_unchanged, finish
-from moco.schedule import learning_rate
+from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
 
-# The rows of the papers' ablation; each entry is the default of the flag of its name.
+# The rows of the papers' ablation, and SimCLR; each entry is the default of the flag of its name.
 RECIPES = {
     "v1": {"head": "fc", "augment": "v1", "temperature": 0.07, "schedule": "step"},
     "v1-mlp": {"head": "mlp", "augment": "v1", "temperature": 0.2, "schedule": "step"},
     "v1-aug": {"head": "fc", "augment": "v2", "temperature": 0.07, "schedule": "step"},
     "v1-mlp-aug": {"head": "mlp", "augment": "v2", "temperature": 0.2, "schedule": "step"},
     "v2": {"head": "mlp", "augment": "v2", "temperature": 0.2, "schedule": "cosine"},
-}
+    "simclr": {
+        "head": "mlp", "augment": "simclr", "temperature": 0.1, "schedule": "warmup-cosine", "optimizer": "lars",
+        "weight_decay": 1e-6, "lr": None, "bn_batch": None,  # these two follow from the batch
+    },
+}  # fmt: skip
+SCHEDULES = ("cosine", "step", "warmup-cosine")
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {
     "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998, "epochs": 40,
@@ -75,7 +82,7 @@ FREE_ON_RESUME = {"output", "resume", "workers", "shuffle_window", "keep", "chec
 
 
 def parse_args():
-    """The flags. Defaults, from weak to strong: below, the recipe's, the built-in data's, those of the run resumed."""
+    """The flags. Defaults, from weak to strong: below, the built-in data's, the recipe's, those of the run resumed."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]",
         description=__doc__.split("\n\n")[0],
@@ -96,11 +103,12 @@ def parse_args():
     add("--image-size", type=int, metavar="PIXELS", default=224, help="side of a view [%(default)s]")
     add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=RECIPES, default="v2", help="row of the paper's ablation: sets the next four [%(default)s]")
+    add("--recipe", choices=RECIPES, default="v2", help="row of the paper's ablation: sets the next five [%(default)s]")
     add("--head", choices=("fc", "mlp"), help="projection head [%(default)s]")
-    add("--augment", choices=("v1", "v2"), help="v1: gray, jitter; v2: jitter, gray, blur [%(default)s]")
+    add("--augment", choices=AUGMENTATIONS, help="v1: gray, jitter; v2: jitter, gray, blur; simclr: more [%(default)s]")
     add("--temperature", type=float, metavar="T", help="of the softmax over similarities [%(default)s]")
-    add("--schedule", choices=("cosine", "step"), help="step: lr / 10 at 60 %% and 80 %% of the epochs [%(default)s]")
+    add("--schedule", choices=SCHEDULES, help="step: lr / 10 at 60 %% and 80 %% of the epochs [%(default)s]")
+    add("--optimizer", choices=("sgd", "lars"), default="sgd", help="[%(default)s; simclr: lars]")
     add = parser.add_argument_group("encoders and queue").add_argument
     add("--arch", default="resnet50", help="a torchvision ResNet, or resnet10 [%(default)s]")
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3, no pooling [%(default)s]")
@@ -110,10 +118,11 @@ def parse_args():
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", default=200, help="passes over the data [%(default)s]")
     add("--batch-size", type=int, metavar="N", default=256, help="images a step, over all processes [%(default)s]")
-    add("--bn-batch", type=int, metavar="N", default=32, help="images that share BatchNorm statistics [%(default)s]")
-    add("--lr", type=float, metavar="LR", default=0.03, help="learning rate at the start [%(default)s]")
+    add("--bn-batch", type=int, metavar="N", default=32, help="images that share BatchNorm [%(default)s; simclr: all]")
+    add("--lr", type=float, metavar="LR", default=0.03, help="at the start [%(default)s; simclr: 0.3 x batch / 256]")
+    add("--warmup-epochs", type=int, metavar="N", default=10, help="of schedule warmup-cosine [%(default)s]")
     add("--sgd-momentum", type=float, metavar="M", default=0.9, help="of the optimizer [%(default)s]")
-    add("--weight-decay", type=float, metavar="W", default=1e-4, help="on every parameter [%(default)s]")
+    add("--weight-decay", type=float, metavar="W", default=1e-4, help="lars: of matrices [%(default)s; simclr: 1e-6]")
     add("--seed", type=int, metavar="N", default=0, help="of weights, queue, order and augmentation [%(default)s]")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
     add = parser.add_argument_group("run").add_argument
@@ -138,8 +147,13 @@ def parse_args():
 
     parser.error = fail  # one line, as for every other mistake, in place of the whole usage
     given, _ = parser.parse_known_args()
-    parser.set_defaults(**RECIPES[given.recipe], **(SHAPES if given.data == "shapes" else {}))
+    parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
+    parser.set_defaults(**RECIPES[given.recipe])
     args = parser.parse_args()
+    if args.lr is None:
+        args.lr = 0.3 * args.batch_size / 256
+    if args.bn_batch is None:
+        args.bn_batch = args.batch_size
     if args.output is None:
         args.output = Path("runs") / f"{args.recipe}-{Path(args.data).name}"
     if args.resume:
@@ -171,6 +185,10 @@ def check_args(args, processes):
         "queue_size": (args.queue_size >= 1, "at least 1"),
         "encoder_momentum": (0 <= args.encoder_momentum < 1, "at least 0 and below 1"),
         "epochs": (args.epochs >= 1, "at least 1"),
+        "warmup_epochs": (
+            args.schedule != "warmup-cosine" or 0 <= args.warmup_epochs < args.epochs,
+            f"at least 0 and below the {args.epochs} epochs",
+        ),
         "batch_size": (args.batch_size >= 1, "at least 1"),
         "bn_batch": (args.bn_batch >= 1, "at least 1"),
         "lr": (0 < args.lr < math.inf, "above 0"),
@@ -184,13 +202,19 @@ def check_args(args, processes):
         "arch": (args.arch in resnet_names(), f"one of {', '.join(resnet_names())}"),
     }
     check_limits(vars(args), limits)
-    unit = processes * args.bn_batch
+    synchronised = processes > 1 and args.recipe == "simclr" and args.bn_batch == args.batch_size
+    unit = processes * (1 if synchronised else args.bn_batch)
     if args.batch_size % unit:
         below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
         remedy = f"{below} or {above}" if below else f"{above}"
         raise UserError(
             f"--batch-size {args.batch_size} is not divisible by {processes} processes of BatchNorm micro-batches of"
             f" {args.bn_batch} (--bn-batch); use --batch-size {remedy}, or another --bn-batch"
+        )
+    if synchronised and not torch.cuda.is_available():
+        raise UserError(
+            f"--bn-batch {args.bn_batch} over {processes} processes needs SyncBatchNorm, which runs on GPUs only; use"
+            f" --bn-batch {args.batch_size // processes}"
         )
     check_output(args.output, args.resume)
 
@@ -202,17 +226,19 @@ def fast_bf16():
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def print_settings(args, images, processes):
-    """What the run will do, in the papers' terms."""
-    groups, chance = args.batch_size // processes // args.bn_batch, math.log(1 + args.queue_size)
+def print_settings(args, images, processes, groups, candidates):
+    """What the run will do, in the papers' terms. groups: BatchNorm micro-batches a process."""
+    end_to_end = args.recipe == "simclr"
     print(
         f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
-        f"model   {args.arch}, {args.stem} stem, {args.dim} dimensions, encoder momentum {args.encoder_momentum}",
+        f"model   {args.arch}, {args.stem} stem, {args.dim} dimensions"
+        + ("" if end_to_end else f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"),
         f"data    {args.data}: {images} images at {args.image_size} pixels, {images // args.batch_size} steps an epoch",
-        f"batch   {args.batch_size} = {processes} processes x {groups} micro-batches x {args.bn_batch} images",
-        f"SGD     {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum}, weight decay"
-        f" {args.weight_decay}, mixed precision {args.mixed_precision}",
-        f"loss    chance is log(1 + {args.queue_size}) = {chance:.2f}; expect it there at first",
+        f"batch   {args.batch_size} = {processes} processes x {groups} micro-batches x"
+        f" {args.batch_size // processes // groups} images, BatchNorm over {args.bn_batch}",
+        f"{args.optimizer.upper():7} {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum},"
+        f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
+        f"loss    chance is log({candidates}) = {math.log(candidates):.2f}; expect it there at first",
         f"output  {args.output}",
         sep="\n",
     )
@@ -251,7 +277,9 @@ def main():
     total_steps = args.epochs * steps_per_epoch
     n = args.batch_size // world  # images a process and step
     mine = slice(rank * n, (rank + 1) * n)  # its rows of the global batch
-    micro_batches = n // args.bn_batch
+    end_to_end = args.recipe == "simclr"
+    micro_batches = max(1, n // args.bn_batch)
+    candidates = 2 * args.batch_size - 1 if end_to_end else 1 + args.queue_size  # one of which is the positive
     where = (rank, world, args.workers, args.shuffle_window)
     rows = row_order(train_set, *where[1:])
 
@@ -263,7 +291,9 @@ def main():
             module.momentum = 0.1 / micro_batches
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(device)
     queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(device)
-    optimizer = torch.optim.SGD(
+    if args.bn_batch > n:
+        query_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(query_encoder)
+    optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
     )
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
@@ -272,7 +302,9 @@ def main():
 
     # ---- the run folder: start one, or go on with one
     checkpoints, metrics = args.output / "checkpoints", args.output / "metrics.jsonl"
-    modules = {"query_encoder": unwrapped, "key_encoder": key_encoder, "queue": queue}
+    modules = {"query_encoder": unwrapped}
+    if not end_to_end:
+        modules |= {"key_encoder": key_encoder, "queue": queue}
     start, totals, undecodable = 0, {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
     if args.resume:
         tensors, state = load_checkpoint(complete_checkpoints(checkpoints)[-1])
@@ -293,7 +325,7 @@ def main():
             totals, undecodable = {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
     accelerator.wait_for_everyone()  # nobody writes before everybody has read
     if is_main:
-        print_settings(args, len(train_set), world)
+        print_settings(args, len(train_set), world, micro_batches, candidates)
         if args.resume:
             trim_metrics(metrics, start)
             print(f"resume  after step {start}")
@@ -334,7 +366,7 @@ def main():
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             save_checkpoint(checkpoints, step, tensors | {"optimizer": optimizer_tensors(optimizer)}, state, args.keep)
-            save_curves(args.output / "curves.png", metrics, args.queue_size)
+            save_curves(args.output / "curves.png", metrics, candidates)
         accelerator.wait_for_everyone()
 
     named = set()  # undecodable images, each printed once
@@ -352,7 +384,7 @@ def main():
         save(start)
 
     keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
-    batches = train_batches(train_set, args.image_size, args.seed, keys, args.workers)
+    batches = train_batches(train_set, args.image_size, args.seed, args.augment, keys, args.workers)
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     positive = torch.zeros(args.bn_batch, dtype=torch.long, device=device)  # the positive is column 0
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main)
@@ -361,30 +393,45 @@ def main():
         views, failed = next(batches)  # (n, 2, S, S, 3) uint8
         timing["data"] += time.perf_counter() - started
         epoch = step // steps_per_epoch
-        lr = learning_rate(args.lr, epoch, args.epochs, args.schedule, (0.6 * args.epochs, 0.8 * args.epochs))
+        if args.schedule == "warmup-cosine":
+            lr = warmup_cosine_rate(args.lr, step, args.warmup_epochs * steps_per_epoch, total_steps)
+        else:
+            lr = learning_rate(args.lr, epoch, args.epochs, args.schedule, (0.6 * args.epochs, 0.8 * args.epochs))
         for group in optimizer.param_groups:
             group["lr"] = lr
         params = sample_params(args.augment, args.batch_size, args.seed, step)
         params = {name: values[mine] for name, values in params.items()}
         query_images, key_images = augment(views.to(device, non_blocking=True), params)  # (n, 3, S, S) each
 
-        # ---- a training step: Algorithm 1 of the paper
-        momentum_update(query_encoder, key_encoder, args.encoder_momentum)
-        order = shuffle_order(args.seed, step, args.batch_size)
-        all_keys = encode_keys(key_encoder, key_images, order, args.bn_batch, accelerator)  # keys: (batch, C)
-        groups = zip(query_images.split(args.bn_batch), all_keys[mine].split(args.bn_batch), strict=True)
-        total_loss, correct = 0, 0
-        for i, (images, keys) in enumerate(groups):
-            with nullcontext() if i == micro_batches - 1 else accelerator.no_sync(query_encoder):
-                q = F.normalize(query_encoder(images), dim=1)  # queries: (bn_batch, C)
-                logits = contrastive_logits(q, keys, queue.keys, args.temperature)  # (bn_batch, 1 + K)
-                loss = F.cross_entropy(logits, positive) / micro_batches
-                accelerator.backward(loss)  # gradients add up; the last micro-batch averages them over processes
-            total_loss += loss.detach()
-            correct += (logits.argmax(dim=1) == 0).sum()
-        optimizer.step()
-        optimizer.zero_grad()
-        queue.enqueue(all_keys)
+        if not end_to_end:
+            # ---- a training step of MoCo: Algorithm 1 of the paper
+            momentum_update(query_encoder, key_encoder, args.encoder_momentum)
+            order = shuffle_order(args.seed, step, args.batch_size)
+            all_keys = encode_keys(key_encoder, key_images, order, args.bn_batch, accelerator)  # keys: (batch, C)
+            groups = zip(query_images.split(args.bn_batch), all_keys[mine].split(args.bn_batch), strict=True)
+            total_loss, correct = 0, 0
+            for i, (images, keys) in enumerate(groups):
+                with nullcontext() if i == micro_batches - 1 else accelerator.no_sync(query_encoder):
+                    q = F.normalize(query_encoder(images), dim=1)  # queries: (bn_batch, C)
+                    logits = contrastive_logits(q, keys, queue.keys, args.temperature)  # (bn_batch, 1 + K)
+                    loss = F.cross_entropy(logits, positive) / micro_batches
+                    accelerator.backward(loss)  # gradients add up; the last micro-batch averages them over processes
+                total_loss += loss.detach()
+                correct += (logits.argmax(dim=1) == 0).sum()
+            optimizer.step()
+            optimizer.zero_grad()
+            queue.enqueue(all_keys)
+        else:
+            # ---- a training step of SimCLR: every view is a query, the batch is the queue, keys have gradients, too
+            groups = zip(query_images.split(args.bn_batch), key_images.split(args.bn_batch), strict=True)
+            pairs = [F.normalize(query_encoder(torch.cat(group)), dim=1).chunk(2) for group in groups]
+            first, second = (gather_with_gradient(torch.cat(z), accelerator) for z in zip(*pairs))  # (batch, C) each
+            logits, positives = nt_xent_logits(first, second, args.temperature)  # (2 batch, 2 batch - 1)
+            loss = F.cross_entropy(logits, positives)
+            accelerator.backward(loss * world)  # of all rows, on each process; DDP averages what is to be added up
+            optimizer.step()
+            optimizer.zero_grad()
+            total_loss, correct = loss.detach(), (logits.argmax(dim=1) == positives).sum() / (2 * world)
         average_statistics((unwrapped, key_encoder), accelerator)
 
         # ---- what every process must know; to read it is the step's only wait for the device
@@ -441,7 +488,7 @@ def main():
     # ---- what the run leaves
     if is_main:
         settings = json.loads((args.output / "args.json").read_text())
-        tag = "moco_v1" if args.recipe == "v1" else "moco_v2"
+        tag = {"v1": "moco_v1", "simclr": "simclr"}.get(args.recipe, "moco_v2")
         save_backbone(args.output / "backbone", unwrapped, args.arch, args.image_size, tag, settings)
         print(f"backbone, views.png and curves.png are in {args.output}")
         if with_knn:

@@ -46,7 +46,7 @@ IMAGENET = (294, 1_281_167)  # files, images
 def ours(name, rank):
     images, _ = load_splits(name)
     keys = train_keys(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW)
-    for views, _ in itertools.islice(train_batches(images, SIZE, 0, keys, 1), len(images) // BATCH):
+    for views, _ in itertools.islice(train_batches(images, SIZE, 0, "v2", keys, 1), len(images) // BATCH):
         yield len(views)
 
 

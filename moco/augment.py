@@ -3,7 +3,7 @@
 Workers call `random_crop_boxes` and `crop_pair` on the decoded image and send uint8, a quarter of the bytes of
 floats. `ViewAugment` then flips, jitters, grays, blurs and normalises, with parameters that `sample_params` draws for
 each view of each image of the global batch, so that any number of processes sees the same pixels.
-Both recipes crop with RandomResizedCrop(scale 0.2-1). Source of each: see `RECIPES`.
+Source of each recipe: see `RECIPES`.
 """
 
 import numpy as np
@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 # jitter: strengths of brightness, contrast, saturation, hue, and the probability that an image is jittered at all.
-# v1, arXiv:1911.05722 section 3.3: gray, then jitter. v2, arXiv:2003.04297 section 3: jitter, gray, blur.
+# crop: the least share of an image's area. v1, arXiv:1911.05722 section 3.3: gray, then jitter. v2, arXiv:2003.04297
+# section 3, and simclr, arXiv:2002.05709 appendix A with strength 1: jitter, gray, blur.
 RECIPES = {
-    "v1": {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_p": 1.0, "gray_p": 0.2, "blur_p": 0.0, "gray_first": True},
-    "v2": {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "blur_p": 0.5, "gray_first": False},
+    "v1": {"crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.4), "jitter_p": 1.0, "gray_p": 0.2, "blur_p": 0.0},
+    "v2": {"crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "blur_p": 0.5},
+    "simclr": {"crop": 0.08, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "gray_p": 0.2, "blur_p": 0.5},
 }
-CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+CROP_RATIO = (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLUR_TAPS = 13  # three standard deviations of the widest blur on either side
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -26,14 +28,14 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # ---- host: where to cut, and the cut
 
 
-def random_crop_boxes(height, width, rng, views=2, scale=CROP_SCALE):
+def random_crop_boxes(height, width, rng, least=0.2, views=2):
     """Boxes of RandomResizedCrop for each view: (views, 4) int, rows of top, left, height, width.
 
-    rng: a numpy Generator. Ten tries for a share of the area in `scale` and an aspect in CROP_RATIO that fit, then the
-    largest centred box of an aspect in range, as torchvision does.
+    rng: a numpy Generator. Ten tries for a share of the area from `least` to 1 and an aspect in CROP_RATIO that fit,
+    then the largest centred box of an aspect in range, as torchvision does.
     """
     draws = rng.random((views, 10, 4))
-    area = height * width * (scale[0] + draws[..., 0] * (scale[1] - scale[0]))
+    area = height * width * (least + draws[..., 0] * (1 - least))
     low, high = np.log(CROP_RATIO)
     ratio = np.exp(low + draws[..., 1] * (high - low))
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
@@ -75,7 +77,7 @@ def normalize(x):
 def sample_params(recipe, n, seed, step):
     """Augmentation parameters of the global batch at `step`: a dict of CPU tensors, each (n, 2) or (n, 2, 4).
 
-    recipe: "v1" or "v2". n: images in the global batch; slice each tensor for one process.
+    recipe: of `RECIPES`. n: images in the global batch; slice each tensor for one process.
     factors (n, 2, 4): brightness, contrast, saturation factors and hue shift (in turns), neutral where not jittered.
     order (n, 2, 4): the operations in the order they are applied. gray, flip (n, 2): bool. sigma (n, 2): of the blur,
     in pixels of a 224 pixel image, 0 for none.
@@ -163,7 +165,7 @@ class ViewAugment(nn.Module):
 
     def __init__(self, recipe):
         super().__init__()
-        self.gray_first = RECIPES[recipe]["gray_first"]
+        self.gray_first = recipe == "v1"
 
     @torch.no_grad()
     def forward(self, uint8_views, params):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from moco.augment import crop_pair, random_crop_boxes
+from moco.augment import RECIPES, crop_pair, random_crop_boxes
 from moco.errors import UserError, first_line
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers, stream_keys
@@ -217,12 +217,13 @@ def sample_rows(dataset, n):
 class CropPairs(Dataset):
     """Two random crops of each image of a batch.
 
+    least: the smallest share of an image's area in a crop.
     Item ([(epoch, index), ...], row groups to read ahead) is (views (n, 2, size, size, 3) uint8,
     [(name, reason) of undecodable images]).
     """
 
-    def __init__(self, dataset, size, seed):
-        self.dataset, self.size, self.seed = dataset, size, seed
+    def __init__(self, dataset, size, seed, least=0.2):
+        self.dataset, self.size, self.seed, self.least = dataset, size, seed, least
 
     def __getitem__(self, item):
         keys, groups = item
@@ -232,7 +233,7 @@ class CropPairs(Dataset):
         undecodable = []
         for view, (epoch, index) in zip(views, keys, strict=True):
             image, _, failed = read_image(self.dataset, index)
-            boxes = random_crop_boxes(*image.shape[:2], crop_generator(self.seed, epoch, index))
+            boxes = random_crop_boxes(*image.shape[:2], crop_generator(self.seed, epoch, index), self.least)
             view.copy_(crop_pair(image, boxes, self.size))
             undecodable += failed
         return views, undecodable
@@ -258,7 +259,7 @@ class LabelledCrops(Dataset):
         for i, (epoch, index) in enumerate(keys):
             image, row, failed = read_image(self.dataset, index)
             rng = crop_generator(self.seed, epoch, index)
-            boxes = random_crop_boxes(*image.shape[:2], rng, views=1, scale=(0.08, 1.0))
+            boxes = random_crop_boxes(*image.shape[:2], rng, least=0.08, views=1)
             crop = crop_pair(image, boxes, self.size)[0]
             crops[i] = crop.flip(1) if rng.random() < 0.5 else crop
             labels[i] = self.dataset[row]["label"]
@@ -314,9 +315,9 @@ def row_order(dataset, world, workers, window):
     return {}
 
 
-def train_batches(dataset, size, seed, keys, workers):
+def train_batches(dataset, size, seed, recipe, keys, workers):
     """Endless batches of the images that `keys`, of `train_keys`, name; see CropPairs for what a batch is."""
-    return iter(loader(CropPairs(dataset, size, seed), keys, workers))
+    return iter(loader(CropPairs(dataset, size, seed, RECIPES[recipe]["crop"]), keys, workers))
 
 
 def loader(dataset, keys, workers):

@@ -15,6 +15,7 @@ PUBLISHED = ("model.safetensors", "config.json", "README.md", "curves.png")
 PAPERS = {
     "v1": "MoCo v1 ([arXiv:1911.05722](https://arxiv.org/abs/1911.05722))",
     "v2": "MoCo v2 ([arXiv:2003.04297](https://arxiv.org/abs/2003.04297))",
+    "simclr": "SimCLR ([arXiv:2002.05709](https://arxiv.org/abs/2002.05709))",
 }
 
 
@@ -29,7 +30,7 @@ def push_backbone(run, name, private=False):
     again = f"everything is in {folder}, so try again with `python -m moco.backbone push {run} {name}`"
     try:
         api = huggingface_hub.HfApi()
-        url = api.create_repo(name, private=private, exist_ok=True)
+        url = api.create_repo(name, private=private or None, exist_ok=True)  # None: as the organisation has it
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
@@ -85,13 +86,13 @@ def model_card(config, results, name, with_curves):
         library_name=None if small else "timm",
         pipeline_tag="image-feature-extraction",
         tags=["image-feature-extraction", *([] if small else ["timm", "transformers"]), "moco"],
-        license="mit",
+        license="mit" if settings.get("recipe") else "other",  # of imported weights the source's, which is not known
         datasets=[settings["data"]] if settings.get("data_on_hub") else None,
         metrics=["accuracy"],
         model_name=name.split("/")[-1],
         eval_results=evaluations(results) if results else None,
     )
-    how = PAPERS[settings["recipe"][:2]] if settings.get("recipe") else "imported from elsewhere"
+    how = PAPERS[settings["recipe"].split("-")[0]] if settings.get("recipe") else "imported from elsewhere"
     size = config["pretrained_cfg"]["input_size"][-1]
     parts = [
         f"---\n{front.to_yaml()}\n---\n",

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from moco.augment import MEAN, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
+from moco.augment import MEAN, RECIPES, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
 from moco.checkpoint import read_metrics
 from moco.data import crop_generator, read_image
 from moco.shapes import CLASSES, draw_scene
@@ -22,7 +22,10 @@ def save_views(path, dataset, keys, recipe, size, batch_size, seed):
     them, made by the same functions, only the normalisation is undone.
     """
     images = [read_image(dataset, index)[0] for _, index in keys]
-    boxes = [random_crop_boxes(*image.shape[:2], crop_generator(seed, *key)) for image, key in zip(images, keys)]
+    boxes = [
+        random_crop_boxes(*image.shape[:2], crop_generator(seed, *key), RECIPES[recipe]["crop"])
+        for image, key in zip(images, keys)
+    ]
     views = torch.stack([crop_pair(image, pair, size) for image, pair in zip(images, boxes)])
     params = sample_params(recipe, batch_size, seed, step=0)
     pair = ViewAugment(recipe)(views, {name: values[: len(keys)] for name, values in params.items()})
@@ -46,15 +49,16 @@ def save_views(path, dataset, keys, recipe, size, batch_size, seed):
     plt.close(figure)
 
 
-def save_curves(path, metrics, queue_size):
+def save_curves(path, metrics, candidates):
     """Loss beside its chance level, contrast accuracy, kNN and learning rate over epochs.
 
-    metrics: path of metrics.jsonl. queue_size: K, for the chance level log(1 + K).
+    metrics: path of metrics.jsonl. candidates: among which the positive is to be found, for the chance level: 1 + K,
+    or SimCLR's 2N - 1.
     """
     lines = read_metrics(metrics)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     panels = [
-        ("loss", "InfoNCE loss", "tab:blue"),
+        ("loss", "contrastive loss", "tab:blue"),
         ("accuracy", "contrast accuracy, %", "tab:orange"),
         ("knn", "kNN accuracy, %", "tab:green"),
         ("lr", "learning rate", "tab:gray"),
@@ -65,9 +69,9 @@ def save_curves(path, metrics, queue_size):
             ax.plot(*zip(*points, strict=True), color=color, marker="o" if key == "knn" else None)
         ax.set_title(title)
         ax.grid(alpha=0.3)
-    chance = math.log(1 + queue_size)
+    chance = math.log(candidates)
     scores = [line["knn"] for line in lines if "knn" in line]
-    levels = [(axes[0, 0], chance, f"chance, log(1 + {queue_size}) = {chance:.2f}")]
+    levels = [(axes[0, 0], chance, f"chance, log({candidates}) = {chance:.2f}")]
     levels += [(axes[1, 0], scores[0], f"random backbone, {scores[0]:.1f} %")] if scores else []
     for ax, level, label in levels:
         ax.axhline(level, color="black", linestyle="--", linewidth=1, label=label)

@@ -7,6 +7,11 @@ from moco.checkpoint import complete_checkpoints
 from moco.errors import UserError
 
 
+def as_flag(name, value):
+    """A flag as it is given on the command line."""
+    return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
 def check_limits(values, limits):
     """Raise UserError at the first flag outside its limits.
 
@@ -14,9 +19,7 @@ def check_limits(values, limits):
     """
     for name, (good, limit) in limits.items():
         if not good:
-            value = values[name]
-            shown = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise UserError(f"--{name.replace('_', '-')} {shown} must be {limit}")
+            raise UserError(f"{as_flag(name, values[name])} must be {limit}")
 
 
 def check_output(output, goes_on):
@@ -37,9 +40,8 @@ def check_unchanged(output, values, saved, free):
     """
     for name in values.keys() - free:
         if values[name] != saved[name]:
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{flag} {values[name]} cannot resume {output}, which has {flag} {saved[name]};"
+                f"{as_flag(name, values[name])} cannot resume {output}, which has {as_flag(name, saved[name])};"
                 " leave the flag out, or start a new run with another --output"
             )
 

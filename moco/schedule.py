@@ -1,6 +1,8 @@
-"""Learning rates as pure functions of the epoch."""
+"""Learning rates as pure functions of the epoch or the step, and SimCLR's optimizer."""
 
 import math
+
+import torch
 
 
 def learning_rate(base_lr, epoch, epochs, schedule, milestones):
@@ -24,3 +26,43 @@ def warmup_step_rate(base_lr, iteration, milestones, warmup):
     """
     ramp = 1.0 if iteration >= warmup else 0.001 + 0.999 * iteration / warmup
     return base_lr * ramp * 0.1 ** sum(iteration >= milestone for milestone in milestones)
+
+
+def warmup_cosine_rate(base_lr, step, warmup, total):
+    """The learning rate of `step` (0-based) of `total`: linear from 0 over `warmup` steps, then half a cosine to 0.
+
+    Source: arXiv:2002.05709 section 2.2, as SimCLR's code has it.
+    """
+    if step < warmup:
+        return base_lr * step / warmup
+    return base_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step on each weight is in proportion to the weight: scaled by trust * |w| / |gradient|.
+
+    The gradient is that with weight decay; the learning rate is inside the momentum. Biases and BatchNorm (tensors of
+    one dimension) are neither decayed nor scaled. Where one of the norms is 0 the scale is 1.
+    Source: arXiv:1708.03888, as SimCLR's code has it; other implementations differ in each of these points.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.dim() > 1:
+                    update = update.add(parameter, alpha=group["weight_decay"])
+                    weight, gradient = parameter.norm(), update.norm()
+                    ratio = group["trust"] * weight / gradient
+                    update = update * torch.where((weight > 0) & (gradient > 0), ratio, 1)
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["momentum_buffer"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
+                parameter.sub_(state["momentum_buffer"])

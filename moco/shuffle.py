@@ -54,6 +54,9 @@ def encode_keys(key_encoder, images, order, bn_batch, accelerator):
         raise ValueError(f"order has {len(order)} entries for a global batch of {total}")
     if n % bn_batch:
         raise ValueError(f"{n} images per process are not divisible by bn_batch {bn_batch}")
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if half:
+        images = images.to(half)  # as the first convolution will see them under autocast: half the bytes to exchange
     shuffled = exchange_rows(images, order, accelerator)
     with accelerator.autocast():
         keys = torch.cat([key_encoder(group) for group in shuffled.split(bn_batch)])

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+
+from moco.checkpoint import read_metrics
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -20,13 +23,13 @@ def golden():
     return Path(os.environ.get("MOCO_GOLDEN") or Path(__file__).parent / "golden").resolve()
 
 
-def run_script(*command, processes=1, timeout=300, **environment):
-    """Run a Python script from the repository's root, on one process or as gloo processes under torchrun."""
+def start_script(*command, processes=1, **environment):
+    """Start a Python script from the repository's root, on one process or as gloo processes under torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         environment["ACCELERATE_USE_CPU"] = "true"
-    process = subprocess.Popen(
+    return subprocess.Popen(
         launcher + [str(part) for part in command],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
@@ -35,9 +38,25 @@ def run_script(*command, processes=1, timeout=300, **environment):
         text=True,
         start_new_session=True,
     )
+
+
+def run_script(*command, processes=1, timeout=300, **environment):
+    """Run a script as `start_script` does, to its end."""
+    process = start_script(*command, processes=processes, **environment)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     finally:
         with suppress(ProcessLookupError):  # a timeout leaves none of its processes behind
             os.killpg(process.pid, signal.SIGKILL)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for_step(process, output, step):
+    """Wait until the run in `output` has logged a step."""
+    while process.poll() is None:
+        if (output / "metrics.jsonl").exists() and any(
+            line["step"] >= step for line in read_metrics(output / "metrics.jsonl")
+        ):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
+import huggingface_hub.hf_api
 import psutil
 
 TOKEN = "hf_of_the_tests"
@@ -31,7 +32,7 @@ class Hub(ThreadingHTTPServer):
 
     gated: names of repositories that anybody may list and nobody fetch. private: those that are there for TOKEN only.
     requests: (method, path, Range) of what was asked. sent: bytes of files sent, by the RANK of the process that asked,
-    or by "alone". created: {name of a repository: whether it was made private}.
+    or by "alone". created: {name of a repository: "private" or "public"}.
     latency: seconds before a file's first byte.
     """
 
@@ -228,8 +229,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             status = 409 if folder.exists() else 200
             folder.mkdir(parents=True, exist_ok=True)
-            self.server.created.setdefault(name, wanted.get("private"))
-            self.answer({"url": f"{self.server.url}/{name}", "name": name, "private": wanted.get("private")}, status)
+            self.server.created.setdefault(name, wanted.get("visibility", "public"))
+            self.answer({"url": f"{self.server.url}/{name}", "name": name, "private": False}, status)
 
     def commit(self, name, lines):
         for line in lines:

@@ -97,7 +97,7 @@ def within(count, draws, probability):
     return abs(count - draws * probability) < 5 * math.sqrt(draws * probability * (1 - probability)) + 1e-9
 
 
-@pytest.mark.parametrize("recipe, jitter_p, blur_p", [("v1", 1.0, 0.0), ("v2", 0.8, 0.5)])
+@pytest.mark.parametrize("recipe, jitter_p, blur_p", [("v1", 1.0, 0.0), ("v2", 0.8, 0.5), ("simclr", 0.8, 0.5)])
 def test_frequencies_are_the_papers(recipe, jitter_p, blur_p):
     params = sample_params(recipe, DRAWS, seed=0, step=0)
     for view in range(2):

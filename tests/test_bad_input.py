@@ -3,20 +3,26 @@
 pytest tests/test_bad_input.py
 """
 
+import functools
 import json
 import shutil
 import sys
 
 import pytest
 from conftest import run_script
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
+import linear_probe
 import train_moco
 from moco.checkpoint import complete_checkpoints
+from moco.encoder import build_encoder
 from moco.errors import UserError, one_line_errors
 from moco.shapes import draw_scene, encode_jpeg
 
 SMALL = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --batch-size 8 --bn-batch 4 --mixed-precision no"
+
+SMALL_PROBE = "--image-size 32 --epochs 1 --batch-size 8 --workers 0 --mixed-precision no"
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +47,12 @@ def finished_run(folder, tmp_path_factory):
 def refuse(monkeypatch, capsys, tmp_path):
     """Call main() with flags that it must refuse; returns its one line, progress bars aside."""
 
-    def call(*flags, output=tmp_path / "run"):
-        argv = ["train_moco.py", "--output", str(output), *SMALL.split(), *(str(flag) for flag in flags)]
+    def call(*flags, output=tmp_path / "run", script=train_moco):
+        small = {train_moco: SMALL, linear_probe: SMALL_PROBE}[script].split()
+        argv = [f"{script.__name__}.py", "--output", str(output), *small, *(str(flag) for flag in flags)]
         monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as stopped, one_line_errors():
-            train_moco.main()
+            script.main()
         lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples/s]" not in line]
         assert stopped.value.code == 2
         assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -74,6 +81,7 @@ def refuse(monkeypatch, capsys, tmp_path):
         ("--image-size 15", "--image-size 15 at least 16"),
         ("--epochs 0", "--epochs 0 at least 1"),
         ("--lr 0", "--lr 0.0 above 0"),
+        ("--recipe simclr --epochs 10", "--warmup-epochs 10 below the 10 epochs"),
         ("--workers -1", "--workers -1 0 or more"),
         ("--seed -1", "--seed -1 0 or more"),
     ],
@@ -175,6 +183,85 @@ def test_an_output_that_cannot_be_written(refuse, folder, tmp_path):
     assert str(tmp_path / "file") in line and "cannot be written" in line
 
 
+# ---- linear_probe.py
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Twelve training and four validation images of two classes."""
+    root = tmp_path_factory.mktemp("labelled")
+    for split, images in (("train", 12), ("val", 4)):
+        for index in range(images):
+            path = root / split / "ab"[index % 2] / f"{index}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_jpeg(draw_scene(split, index)[0]))
+    return root
+
+
+@pytest.fixture
+def refuse_probe(refuse):
+    return functools.partial(refuse, script=linear_probe)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "--backbone is missing run folder"),
+        ("--backbone random --arch resnet19", "--arch resnet19 resnet18"),
+        ("--backbone random --lr 30 -1", "--lr 30.0 -1.0 above 0"),
+        ("--backbone random --lr 3 3", "--lr 3.0 3.0 twice"),
+        ("--backbone random --epochs 0", "--epochs 0 at least 1"),
+        ("--backbone random --knn 0", "--knn 0 at least 1"),
+        ("--backbone random --knn-temperature 0", "--knn-temperature 0.0 above 0"),
+        ("--backbone random --image-size 8", "--image-size 8 at least 16"),
+        ("--backbone random --batch-size 0", "--batch-size 0 at least 1"),
+        ("--backbone nowhere", "--backbone nowhere neither a folder or file USER/NAME"),
+        ("--backbone ResNet50_Weights.IMAGENET1K_V9", "ResNet50_Weights.IMAGENET1K_V9 torchvision's weights"),
+        ("--backbone random --data shape", "--data shape neither"),
+        ("--backbone random --data ./nowhere", "--data ./nowhere neither"),
+        ("--backbone random --bacth-size 8", "--bacth-size"),
+    ],
+)
+def test_the_probe_refuses_a_value_outside_its_limits(refuse_probe, labelled, tmp_path, flags, words):
+    line = refuse_probe("--data", labelled, *flags.split())
+    assert all(word in line for word in words.split()), line
+
+
+def test_the_probe_needs_labels_and_enough_images(refuse_probe, folder, labelled):
+    assert "has no labels" in refuse_probe("--backbone", "random", "--arch", "resnet10", "--data", folder)
+    flags = ["--backbone", "random", "--arch", "resnet10", "--data", labelled]
+    assert "has 12 images, fewer than a batch of 16" in refuse_probe(*flags, "--batch-size", 16)
+    assert "--label-column name is not in" in refuse_probe(*flags, "--label-column", "name")
+
+
+def test_the_probe_refuses_weights_that_are_no_fitting_backbone(refuse_probe, labelled, tmp_path):
+    weights = build_encoder("resnet10").state_dict()
+    save_file({name: value for name, value in weights.items() if name.startswith("fc.")}, tmp_path / "h.safetensors")
+    assert "holds no ResNet" in refuse_probe("--data", labelled, "--backbone", tmp_path / "h.safetensors")
+    save_file(weights, tmp_path / "w.safetensors")
+    line = refuse_probe("--data", labelled, "--backbone", tmp_path / "w.safetensors", "--arch", "resnet18")
+    assert "does not fit --arch resnet18" in line and "missing layer1.1.bn1" in line
+    (tmp_path / "t.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:5000])
+    assert "truncated" in refuse_probe("--data", labelled, "--backbone", tmp_path / "t.safetensors")
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+def test_the_probe_goes_on_only_with_what_it_was_begun_on(refuse_probe, labelled, tmp_path):
+    assert "has no complete checkpoint" in refuse_probe("--backbone", "random", "--resume")
+    assert "has no complete checkpoint" in refuse_probe("--backbone", "random", "--evaluate")
+    weights = {name: value for name, value in build_encoder("resnet10").state_dict().items() if name[:3] != "fc."}
+    save_file(weights, tmp_path / "w.safetensors")
+    flags = ["--data", labelled, "--backbone", tmp_path / "w.safetensors"]
+    output = tmp_path / "begun"
+    done = run_script("linear_probe.py", "--output", output, *SMALL_PROBE.split(), *flags)
+    assert done.returncode == 0, done.stderr
+    assert "holds another run; add --resume" in refuse_probe(*flags, output=output)
+    line = refuse_probe(*flags, "--lr", 3, "--resume", output=output)
+    assert "--lr 3.0 cannot resume" in line and "--lr 30.0;" in line
+    save_file(weights | {"conv1.weight": weights["conv1.weight"] + 1}, tmp_path / "w.safetensors")
+    assert "has changed since" in refuse_probe(*flags, "--resume", output=output)
+
+
 # ---- processes
 
 
@@ -184,6 +271,9 @@ def test_a_batch_that_two_processes_cannot_share(folder, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1
     assert "12 is not divisible by 2 processes" in lines[0] and "use --batch-size 8 or 16" in lines[0]
+    flags += ["--recipe", "simclr", "--bn-batch", "12", "--epochs", "20"]
+    done = run_script("train_moco.py", "--data", folder, "--output", tmp_path / "run", *flags, processes=2)
+    assert "--bn-batch 12 over 2 processes needs SyncBatchNorm" in done.stderr and "use --bn-batch 6" in done.stderr
 
 
 class Failing(Dataset):

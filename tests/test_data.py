@@ -183,7 +183,7 @@ def test_crops_depend_on_seed_epoch_and_image():
 def test_workers_do_not_change_the_batches(images):
     def first(workers, start):
         keys = train_keys(images, 4, 0, start, 0, 1, workers, window=800)
-        batches = train_batches(images, 16, 0, keys, workers)
+        batches = train_batches(images, 16, 0, "v2", keys, workers)
         return [next(batches)[0] for _ in range(4)]
 
     plain = first(workers=0, start=0)

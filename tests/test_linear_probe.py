@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 
 import datasets
 import pyarrow.parquet as pq
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import run_script
+from conftest import run_script, start_script, wait_for_step
 from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
 
 from linear_probe import LinearClassifiers, build_optimizer, count_classes, count_correct, hold_out, train_step
+from moco.checkpoint import complete_checkpoints
 from moco.data import load_splits
 from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
@@ -206,3 +208,13 @@ def test_features_of_a_stream_are_cached_and_downloads_give_the_same_test_images
     downloaded = probe(parquet, tmp_path / "downloaded", *flags, "--no-streaming")
     assert streamed["approximate"] and streamed["knn"] == downloaded["knn"]  # of the same images, untouched by training
     assert streamed["train_images"] == downloaded["train_images"] == 75
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(labelled, tmp_path):
+    flags = ["--data", labelled, *SMALL.split(), "--epochs", 50, "--log-every", 1]
+    process = start_script("linear_probe.py", "--output", tmp_path / "run", *flags)
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    step = int(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_"))
+    assert process.returncode == 143 and f"stopped after step {step}" in stderr

@@ -3,17 +3,14 @@
 pytest -m slow tests/test_machines.py
 """
 
-import os
 import socket
-import subprocess
-import sys
 from contextlib import suppress
 
 import datasets
 import psutil
 import pytest
-from conftest import ROOT
-from test_train import assert_same_run, wait_for_step
+from conftest import start_script, wait_for_step
+from test_train import assert_same_run
 
 from moco.shapes import draw_scene, encode_jpeg
 
@@ -39,15 +36,8 @@ def parquet(tmp_path_factory):
 
 def start(launcher, data, output, *flags, **environment):
     """Start train_moco.py under a launcher."""
-    command = [sys.executable, "-m", *launcher, "train_moco.py", "--data", data, "--output", output, *RUN, *flags]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["-m", *launcher, "train_moco.py", "--data", data, "--output", output, *RUN, *flags]
+    return start_script(*command, ACCELERATE_USE_CPU="true", **environment)
 
 
 def kill(process):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import run_script
 from torch import nn
 
 from moco.contrast import KeyQueue, contrastive_logits
@@ -37,6 +39,31 @@ def test_keys_equal_a_loop_over_the_groups(bn_batch):
     for name, buffer in encoder.named_buffers():
         torch.testing.assert_close(buffer, slow_encoder.get_buffer(name))
     assert not keys.requires_grad
+
+
+def test_images_exchanged_in_half_precision_give_the_keys_of_autocast():
+    torch.manual_seed(0)
+    encoder, images = build_encoder("resnet10", dim=8), torch.randn(8, 3, 32, 32)
+    slow_encoder, order = copy.deepcopy(encoder), shuffle_order(0, 0, 8)
+    AcceleratorState._reset_state()  # the precision is the process's, not the object's
+    keys = encode_keys(encoder, images, order, 4, Accelerator(cpu=True, mixed_precision="bf16"))
+    AcceleratorState._reset_state()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = torch.cat([slow_encoder(images[group]) for group in order.split(4)])[order.argsort()]
+    assert keys.equal(F.normalize(expected.float(), dim=1))
+
+
+def test_bytes_that_processes_exchange_are_those_computed():
+    """Counted in the collectives of fifty steps on two processes: the images that change place, one gather of keys."""
+    done = run_script("benchmarks/traffic.py", processes=2)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if " counted " in line]
+    bytes_of = {kind: (float(counted), float(computed)) for kind, _, counted, _, computed in lines}
+    assert bytes_of.keys() == {"images", "keys", "statistics"}
+    assert bytes_of["images"][0] == pytest.approx(bytes_of["images"][1], rel=0.05)  # at random, half stay
+    assert all(bytes_of[kind][0] == bytes_of[kind][1] for kind in ("keys", "statistics"))
+    ratio = next(float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("   8 processes"))
+    assert ratio < 0.1  # of the reference's bytes
 
 
 def test_sizes_that_do_not_divide_are_refused():

@@ -111,7 +111,7 @@ def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(fold
     def pixels(start, workers):
         images, _ = load_splits(str(folder))
         keys = train_keys(images, 8, 0, start, 0, 1, workers, 20)
-        batches = train_batches(images, 16, 0, keys, workers)
+        batches = train_batches(images, 16, 0, "v2", keys, workers)
         return [next(batches)[0] for _ in range(start, 12)]
 
     plain, later = pixels(0, workers=1), pixels(5, workers=1)

@@ -5,19 +5,17 @@ pytest tests/test_train.py
 
 import copy
 import json
-import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, run_script
+from conftest import run_script, start_script, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -84,7 +82,7 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
     optimizer = torch.optim.SGD(f_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
     images = load_splits(str(folder))[0]
     keys = train_keys(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
-    batches = train_batches(images, 32, 0, keys, workers=0)
+    batches = train_batches(images, 32, 0, "v2", keys, workers=0)
     for step in range(4):
         x_q, x_k = ViewAugment("v2")(next(batches)[0], sample_params("v2", 16, 0, step))
         for p_q, p_k in zip(f_q.parameters(), f_k.parameters()):
@@ -128,6 +126,60 @@ def test_one_and_two_processes_take_the_same_steps(folder, tmp_path):
             torch.testing.assert_close(value, others["key_encoder"][name], rtol=0, atol=1e-5)
 
 
+def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_path):
+    flags = ["--recipe", "simclr", "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0, "--optimizer", "sgd"]
+    flags += ["--temperature", 0.5]  # lower ones multiply differences of rounding
+    train(folder, tmp_path / "run", *flags, "--workers", 0, "--knn-every", 0)
+    logged = metrics_of(tmp_path / "run")
+
+    torch.manual_seed(0)
+    f = build_encoder("resnet10", dim=16, head="mlp")
+    optimizer = torch.optim.SGD(f.parameters(), lr=0.3 * 16 / 256, momentum=0.9, weight_decay=1e-6)
+    images = load_splits(str(folder))[0]
+    keys = train_keys(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    batches = train_batches(images, 32, 0, "simclr", keys, workers=0)
+    for step, line in enumerate(logged):
+        views = ViewAugment("simclr")(next(batches)[0], sample_params("simclr", 16, 0, step))
+        z = F.normalize(f(torch.cat(views)), dim=1)
+        s = z @ z.T / 0.5
+        losses = [torch.logsumexp(torch.cat([s[i, :i], s[i, i + 1 :]]), 0) - s[i, (i + 16) % 32] for i in range(32)]
+        loss = torch.stack(losses).mean()
+        assert line["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = line["lr"]
+        optimizer.step()
+    assert len(logged) == 4 and logged[0]["lr"] == pytest.approx(0.3 * 16 / 256)
+
+
+def test_simclr_on_one_and_two_processes(folder, tmp_path):
+    """The loss is over the global batch and its gradient whole, with BatchNorm over each half."""
+    flags = ["--recipe", "simclr", "--batch-size", 32, "--bn-batch", 16, "--epochs", 3, "--warmup-epochs", 1]
+    train(folder, tmp_path / "one", *flags, "--workers", 0, "--knn-every", 0)
+    train(folder, tmp_path / "two", *flags, "--workers", 0, "--knn-every", 0, processes=2)
+    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for line, other in zip(one, two):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
+        assert line["accuracy"] == pytest.approx(other["accuracy"], abs=1e-3) and line["lr"] == other["lr"]
+    (tensors, _), (others, _) = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    assert tensors.keys() == others.keys() == {"query_encoder", "optimizer"}
+    for name, value in tensors["query_encoder"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(value, others["query_encoder"][name], rtol=0, atol=1e-5)
+
+
+def test_simclr_resumes_where_it_was(folder, tmp_path):
+    flags = ["--recipe", "simclr", "--batch-size", 16, "--epochs", 2, "--warmup-epochs", 1, "--workers", 0]
+    flags += ["--knn-every", 0, "--checkpoint-every", 3, "--keep", 9]
+    train(folder, tmp_path / "run", *flags)
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step_{step}")
+    train(folder, tmp_path / "cut", *flags, "--resume")
+    assert_same_run(tmp_path / "cut", tmp_path / "run")
+
+
 # ---- killed and resumed
 
 RUN = [
@@ -154,25 +206,7 @@ def uninterrupted(folder, tmp_path_factory):
 
 
 def start(folder, output, *flags):
-    command = [sys.executable, "train_moco.py", "--data", folder, "--output", output, *SMALL, *flags]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def wait_for_step(process, output, step):
-    while process.poll() is None:
-        if (output / "metrics.jsonl").exists() and any(
-            line["step"] >= step for line in read_metrics(output / "metrics.jsonl")
-        ):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+    return start_script("train_moco.py", "--data", folder, "--output", output, *SMALL, *flags)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -204,15 +238,8 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(folder, uninterrupted, tm
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(folder, tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_moco.py"]
-    command += ["--data", folder, "--output", output, *SMALL, *RUN, "--epochs", "500", "--workers", "0"]
-    launcher = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    flags = ["--data", folder, "--output", output, *SMALL, *RUN, "--epochs", "500", "--workers", "0"]
+    launcher = start_script("train_moco.py", *flags, processes=2)
     wait_for_step(launcher, output, 4)
     second = next(p for p in psutil.Process(launcher.pid).children() if p.environ()["RANK"] == "1")
     second.send_signal(signal.SIGTERM)
@@ -295,6 +322,7 @@ def test_more_than_five_percent_undecodable_is_an_error(tmp_path):
         ("v1-aug", "fc", "v2", 0.07, "step"),
         ("v1-mlp-aug", "mlp", "v2", 0.2, "step"),
         ("v2", "mlp", "v2", 0.2, "cosine"),
+        ("simclr", "mlp", "simclr", 0.1, "warmup-cosine"),
     ],
 )
 def test_recipes_are_the_rows_of_the_papers(monkeypatch, recipe, head, augment, temperature, schedule):
@@ -302,8 +330,10 @@ def test_recipes_are_the_rows_of_the_papers(monkeypatch, recipe, head, augment, 
     args = train_moco.parse_args()
     assert (args.head, args.augment, args.temperature, args.schedule) == (head, augment, temperature, schedule)
     assert (args.arch, args.data, args.epochs, args.batch_size) == ("resnet50", "ILSVRC/imagenet-1k", 200, 256)
-    assert (args.queue_size, args.encoder_momentum, args.lr, args.dim) == (65536, 0.999, 0.03, 128)
-    assert (args.sgd_momentum, args.weight_decay, args.bn_batch, args.image_size) == (0.9, 1e-4, 32, 224)
+    assert (args.queue_size, args.encoder_momentum, args.dim) == (65536, 0.999, 128)
+    assert (args.sgd_momentum, args.image_size) == (0.9, 224)
+    rest = (args.optimizer, args.lr, args.weight_decay, args.bn_batch)
+    assert rest == (("lars", 0.3, 1e-6, 256) if recipe == "simclr" else ("sgd", 0.03, 1e-4, 32))
 
 
 def test_a_flag_given_wins_over_the_recipe_and_the_built_in_datas_settings(monkeypatch):
@@ -311,6 +341,9 @@ def test_a_flag_given_wins_over_the_recipe_and_the_built_in_datas_settings(monke
     args = train_moco.parse_args()
     assert (args.head, args.lr, args.temperature) == ("mlp", 0.5, 0.07)
     assert args.arch == train_moco.SHAPES["arch"]
+    monkeypatch.setattr(sys, "argv", "train_moco.py --data shapes --recipe simclr --batch-size 64".split())
+    args = train_moco.parse_args()
+    assert (args.lr, args.bn_batch, args.image_size) == (0.3 * 64 / 256, 64, 32)
 
 
 def test_state_that_differs_between_processes_is_found():
