@@ -1,10 +1,11 @@
 """Streaming beside `datasets`' own: images/s, bytes, footers opened, an epoch planned. Each as a ratio; medians.
 
-PYTHONPATH=. python benchmarks/stream.py        some minutes on two cores, 40 MB in a temporary folder
+python benchmarks/stream.py     ten minutes on two cores, 40 MB in a temporary folder
 
 Both read the same parquet files from a server on loopback in two processes with one worker each, decode with the same
 code and cut the same crops; runs alternate. `datasets` streams with shuffle and split_dataset_by_node, as its
-documentation has it. Epochs are read whole, the time from the name of the dataset to its last batch.
+documentation has it. Epochs are read whole, the time from the name of the dataset to its last batch. Our bytes have in
+them what is read ahead of the next epoch, which a run of several epochs would use.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from accelerate import PartialState
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import crop_pair, random_crop_boxes
 from moco.data import crop_generator, decode_image, load_splits, train_batches, train_keys
 from moco.shapes import encode_jpeg
