@@ -246,14 +246,17 @@ def part_windows(rows_in_group, seed, epoch, part, low, high, window):
     """
     order = np.random.default_rng([*b"groups", seed, epoch]).permutation(len(rows_in_group))
     ends = rows_in_group[order].cumsum()
-    shift = rows_in_group.cumsum()[order] - ends  # from the position of a row in this order to its number
+    starts = ends - rows_in_group[order]
+    # The number of a row is its position in this order and the shift of its row group.
+    shift = rows_in_group.cumsum()[order] - ends
     rng = np.random.default_rng([*b"windows", seed, epoch, *part])
     while low < high:
         first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, min(low + window, high), "left")
         stop = min(int(ends[last]), high)
-        rows_of_each = np.diff(ends[first:last], prepend=low, append=stop)
+        rows_of_each = np.minimum(ends[first : last + 1], stop) - np.maximum(starts[first : last + 1], low)
         rows = np.arange(low, stop) + np.repeat(shift[first : last + 1], rows_of_each)
-        yield rng.permutation(rows), order[first : last + 1].tolist()
+        rng.shuffle(rows)
+        yield rows, order[first : last + 1].tolist()
         low = stop
 
 
