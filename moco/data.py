@@ -353,14 +353,12 @@ def ordered_keys(dataset, rows, size, workers):
     Each worker of a `loader` reads a contiguous part: a DataLoader hands batches to its workers in turn, so the list
     has those of each part in turn, and empty ones where a part has no more.
     """
-    parts = []
+    streamed, parts = isinstance(dataset, ParquetImages), []
     for first, part in split_rows(dataset, rows, max(1, workers)):
         batches = [part[i : i + size] for i in range(0, len(part), size)]
-        groups = [[]] * (len(batches) + 1)
-        if isinstance(dataset, ParquetImages):
-            groups = [list(dict.fromkeys(dataset.groups_of(batch).tolist())) for batch in batches] + [[]]
-        positions = range(first, first + len(part), size)
-        parts.append([*zip(positions, batches, (here + ahead for here, ahead in itertools.pairwise(groups)))])
+        groups = [list(dict.fromkeys(dataset.groups_of(batch).tolist())) if streamed else [] for batch in batches]
+        ahead = [here + following for here, following in zip(groups, [*groups[1:], []])]
+        parts.append(zip(range(first, first + len(part), size), batches, ahead))
     return [batch for turn in itertools.zip_longest(*parts, fillvalue=(0, [], [])) for batch in turn]
 
 

@@ -139,19 +139,17 @@ def test_one_and_two_processes_give_the_same_top1_and_a_resumed_run_the_same_cla
     assert all(value.equal(expected[key]) for key, value in weights.items())
 
 
-@pytest.fixture(scope="session")
-def parquet(tmp_path_factory):
-    """Three files of 25 training images in row groups of 10, 10 and 5, and 13 to test on in a single one."""
-    root = tmp_path_factory.mktemp("parquet")
+def write_parquet(folder, train, test):
+    """Files of 25 training images and of test images. train, test: the rows of their row groups."""
+    folder.mkdir()
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
-    for name, source, numbers, group in [
-        *((f"train-{file}-of-3", "train", range(25 * file, 25 * file + 25), 10) for file in range(3)),
-        ("validation-0-of-1", "test", range(13), 13),
-    ]:
-        images = [{"bytes": encode_jpeg(draw_scene(source, i)[0]), "path": f"{i}.jpg"} for i in numbers]
-        part = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in numbers]}, features=features)
-        part.to_parquet(root / f"{name}.parquet", batch_size=group)
-    return root
+    for split, groups, count in (("train", train, 25), ("test", test, 13)):
+        for file, rows in enumerate(groups):
+            numbers = range(count * file, count * file + count)
+            images = [{"bytes": encode_jpeg(draw_scene(split, i)[0]), "path": f"{i}.jpg"} for i in numbers]
+            part = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in numbers]}, features=features)
+            part.to_parquet(folder / f"{split}-{file}.parquet", batch_size=rows)
+    return folder
 
 
 def test_classes_of_a_stream_are_told_without_reading_it(tmp_path):
@@ -176,8 +174,10 @@ def test_classes_of_a_stream_are_told_without_reading_it(tmp_path):
         hold_out(stream([0, 1], named), 1, b"validation", 0)
 
 
-def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(parquet, tmp_path):
+@pytest.mark.slow
+def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path):
     """The test images are one row group, so of two processes one has none."""
+    parquet = write_parquet(tmp_path / "data", train=[10, 10, 10], test=[13])
     flags = ["--lr", 1, 3, "--knn", 1, 5, "--epochs", 2, "--shuffle-window", 20, "--checkpoint-every", 2, "--keep", 9]
     checkpoints = tmp_path / "run" / "checkpoints"
     whole = probe(parquet, tmp_path / "run", *flags)
@@ -202,12 +202,13 @@ def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(parquet,
     assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() != weights
 
 
-def test_features_of_a_stream_are_cached_and_downloads_give_the_same_test_images(parquet, tmp_path):
-    flags = ["--epochs", 1, "--knn", 5]
-    streamed = probe(parquet, tmp_path / "streamed", *flags, "--cached-features")
-    downloaded = probe(parquet, tmp_path / "downloaded", *flags, "--no-streaming")
-    assert streamed["approximate"] and streamed["knn"] == downloaded["knn"]  # of the same images, untouched by training
-    assert streamed["train_images"] == downloaded["train_images"] == 75
+def test_the_features_of_one_row_group_are_cached_and_searched_by_two_processes(tmp_path):
+    """One has no image, neither of training nor of the test; kNN is that of one process that downloads."""
+    parquet = write_parquet(tmp_path / "data", train=[25], test=[13])
+    streamed = probe(parquet, tmp_path / "two", "--epochs", 1, "--knn", 5, "--cached-features", processes=2)
+    downloaded = probe(parquet, tmp_path / "one", "--epochs", 1, "--knn", 5, "--no-streaming")
+    assert streamed["approximate"] and streamed["knn"] == downloaded["knn"]
+    assert streamed["train_images"] == downloaded["train_images"] == 25
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_143(labelled, tmp_path):
