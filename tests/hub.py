@@ -43,7 +43,7 @@ class Hub(ThreadingHTTPServer):
         self.root, self.url = Path(root), f"http://127.0.0.1:{self.server_port}"
         self.faults, self.gated, self.private, self.requests, self.sent = [], set(), set(), [], Counter()
         self.created, self.uploads, self.stopped, self.lock = {}, {}, threading.Event(), threading.Lock()
-        self.latency = 0.0
+        self.latency, self.url_of_large_files = 0.0, f"http://localhost:{self.server_port}/large"
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def here(self, monkeypatch, token=None):
@@ -142,7 +142,12 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, _, file = match.groups("models")
             if self.may_read(kind, name, files=True):
-                self.send_file(self.server.files(kind, name).get(file))
+                if self.command == "GET" and file.endswith(".parquet"):  # large files lie on another host
+                    self.answer({}, 302, Location=f"{self.server.url_of_large_files}/{kind}/{name}/{file}")
+                else:
+                    self.send_file(self.server.files(kind, name).get(file))
+        elif match := re.fullmatch(r"/large/(datasets|models)/([^/]+/[^/]+)/(.+)", path):
+            self.send_file(self.server.files(match[1], match[2]).get(match[3]))
         elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             if self.may_read(*match.groups()[:2]):
                 self.answer(self.information(*match.groups()[:2]))
