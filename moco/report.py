@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from moco.augment import MEAN, RECIPES, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
+from moco.augment import MEAN, RECIPES, STD, ViewAugment, random_crop_boxes, sample_params
 from moco.checkpoint import read_metrics
-from moco.data import crop_generator, read_image
+from moco.data import CropPairs, crop_generator, read_image
 from moco.shapes import CLASSES, draw_scene
 
 
@@ -26,7 +26,7 @@ def save_views(path, dataset, keys, recipe, size, batch_size, seed):
         random_crop_boxes(*image.shape[:2], crop_generator(seed, *key), RECIPES[recipe]["crop"])
         for image, key in zip(images, keys)
     ]
-    views = torch.stack([crop_pair(image, pair, size) for image, pair in zip(images, boxes)])
+    views, _ = CropPairs(dataset, size, seed, RECIPES[recipe]["crop"])[keys, ()]
     params = sample_params(recipe, batch_size, seed, step=0)
     pair = ViewAugment(recipe)(views, {name: values[: len(keys)] for name, values in params.items()})
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
@@ -20,6 +21,7 @@ from moco.data import (
     batch_keys,
     center_crop,
     crop_generator,
+    decode_crops,
     decode_image,
     load_splits,
     train_batches,
@@ -150,6 +152,34 @@ def test_an_epoch_holds_every_image_at_most_once_and_drops_another_tail_each_tim
         epochs[epoch].append(index)
     assert all(len(indices) == len(set(indices)) == 96 for indices in epochs.values())
     assert set(epochs[0]) != set(epochs[1]) and epochs[0] != sorted(epochs[0])
+
+
+def draw(seed):
+    return lambda height, width: random_crop_boxes(height, width, np.random.default_rng(seed), least=0.5)
+
+
+@pytest.mark.parametrize("format, width", [("JPEG", 90), ("PNG", 500)])
+def test_crops_are_those_of_the_whole_image(format, width):
+    """Of a JPEG too small for a reduced scale, and of other formats at any size."""
+    record = encoded(picture(0, height=80, width=width), format)
+    image = decode_image(record)
+    for seed in range(10):
+        expected = crop_pair(image, draw(seed)(*image.shape[:2]), 48)
+        assert decode_crops(record, draw(seed), 48).equal(expected)
+
+
+@pytest.mark.parametrize("height, width", [(300, 401), (517, 1030)])
+def test_a_large_jpeg_is_decoded_at_a_scale_that_hardly_shows(height, width):
+    """Crops begin up to half of the larger pixels aside: no pixel is outside what the ones around it are."""
+    record = encoded(picture(0, height=height, width=width), "JPEG", quality=95)
+    image = decode_image(record)
+    for seed in range(10):
+        expected = crop_pair(image, draw(seed)(height, width), 32).float().permute(0, 3, 1, 2)
+        crops = decode_crops(record, draw(seed), 32).float().permute(0, 3, 1, 2)
+        assert not crops.equal(expected)  # by another way
+        low, high = (-sign * F.max_pool2d(-sign * expected, 3, stride=1) for sign in (1, -1))
+        inner = crops[..., 1:-1, 1:-1]
+        assert (inner >= low - 3).all() and (inner <= high + 3).all()
 
 
 @pytest.mark.parametrize("start", [0, 5, 12, 13, 40])

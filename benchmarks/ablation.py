@@ -1,0 +1,144 @@
+"""The papers' ablation on the built-in data: each recipe pre-trained and probed, over several seeds.
+
+python benchmarks/ablation.py                   the ladder, on two CPU cores about two hours
+python benchmarks/ablation.py --temperatures    the temperature table, about as long again
+python benchmarks/ablation.py --size gpu        the ladder on one GPU
+
+Started again it goes on where it stopped; at the end it prints a table and draws runs/ablation-SIZE/ablation.png. The
+papers' ImageNet numbers stand beside ours for their order alone: these are ten patterns of 32 pixels.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+EPOCHS = {"cpu": 40, "gpu": 100}
+COMMON = {"cpu": [], "gpu": ["--arch", "resnet18", "--workers", "4"]}
+JOBS = {"cpu": 2, "gpu": 3}  # runs at a time
+TEMPERATURES = (0.07, 0.1, 0.2, 0.3, 0.4, 0.5)
+# row -> (flags of train_moco.py, ImageNet top-1 in the papers); "longer" is four times as long, as 800 epochs to 200.
+LADDER = {
+    "random": (None, None),
+    "v1": (["--recipe", "v1"], 60.6),
+    "v1 + mlp": (["--recipe", "v1-mlp"], 66.2),
+    "v1 + aug": (["--recipe", "v1-aug"], 63.4),
+    "v1 + mlp + aug": (["--recipe", "v1-mlp-aug"], 67.3),
+    "v2": (["--recipe", "v2"], 67.5),
+    "v2, longer": (["--recipe", "v2"], 71.1),
+    "SimCLR, batch 128": (["--recipe", "simclr"], 61.9),
+    "supervised": (None, 76.5),
+}
+PAPER_TEMPERATURES = {  # ImageNet top-1 of arXiv:2003.04297, table 2
+    "mlp": (62.9, 64.9, 66.2, 65.7, 65.0, 64.3),
+    "fc": (60.7, 60.7, 59.0, 58.2, 57.2, 56.4),
+}
+
+
+def temperature_rows():
+    """v1 with and without the mlp head at each temperature."""
+    rows = {}
+    for head, papers in PAPER_TEMPERATURES.items():
+        for temperature, paper in zip(TEMPERATURES, papers, strict=True):
+            flags = ["--recipe", "v1", "--head", head, "--temperature", str(temperature)]
+            rows[f"{head}, T {temperature}"] = (flags, paper)
+    return rows
+
+
+def commands(row, flags, seed, size, folder):
+    """The commands of one run: pre-train, then probe."""
+    epochs = EPOCHS[size] * (4 if row == "v2, longer" else 1)
+    common = [*COMMON[size], "--seed", str(seed)]
+    resume = ["--resume"] if any(folder.glob("checkpoints/step_*/state.json")) else []
+    probe = ["linear_probe.py", "--data", "shapes", "--seed", str(seed), "--knn"]
+    if row == "random":
+        arch = "resnet18" if size == "gpu" else "resnet10"
+        return [[*probe, "--backbone", "random", "--arch", arch, "--output", str(folder / "linear_probe")]]
+    if row == "supervised":
+        pretrain = ["benchmarks/supervised.py", "--epochs", str(EPOCHS[size] // 2)]
+    else:
+        pretrain = ["train_moco.py", "--data", "shapes", *flags, "--epochs", str(epochs), "--knn-every", "0"]
+    done = (folder / "backbone" / "config.json").exists()
+    begin = [] if done else [[*pretrain, *common, "--output", str(folder), *(resume if row != "supervised" else [])]]
+    return [*begin, [*probe, "--backbone", str(folder)]]
+
+
+def run(row, flags, seed, size, folder, threads):
+    """Pre-train and probe one row with one seed, unless it is done; what it prints goes to its folder's log.txt."""
+    results = folder / "linear_probe" / "results.json"
+    if not results.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for command in commands(row, flags, seed, size, folder):
+            with (folder / "log.txt").open("a") as log:
+                environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            if done.returncode:
+                raise RuntimeError(f"{row}, seed {seed} failed; see {folder / 'log.txt'}")
+    return json.loads(results.read_text())
+
+
+def summary(values):
+    """Mean and, of several, the standard deviation."""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def print_table(rows, found, seeds):
+    print("\n| recipe | n | built-in data, linear top-1, % | kNN top-1, % | ImageNet linear top-1 in the paper, % |")
+    print("|---|---|---|---|---|")
+    for row, (_, paper) in rows.items():
+        top1, knn = (
+            [get(found[row, s]) for s in seeds] for get in (lambda r: r["top1"], lambda r: r["knn"]["200"]["top1"])
+        )
+        print(f"| {row} | {len(seeds)} | {summary(top1)} | {summary(knn)} | {paper or ''} |")
+
+
+def draw(path, rows, found, seeds):
+    """Ours as dots of each seed, the papers' as hollow squares on an axis of their own."""
+    figure, ours = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    paper = ours.twinx()
+    for x, (row, (_, value)) in enumerate(rows.items()):
+        ours.plot([x] * len(seeds), [found[row, s]["top1"] for s in seeds], "o", color="tab:blue")
+        if value:
+            paper.plot(x + 0.2, value, "s", color="tab:orange", fillstyle="none")
+    ours.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
+    ours.set_ylabel("built-in data, linear top-1, % (dots: a seed each)", color="tab:blue")
+    paper.set_ylabel("ImageNet, in the paper, % (squares)", color="tab:orange")
+    ours.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--size", choices=EPOCHS, default="cpu", help="[%(default)s]")
+    parser.add_argument("--temperatures", action="store_true", help="the temperature table in place of the ladder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
+    args = parser.parse_args()
+    rows = temperature_rows() if args.temperatures else LADDER
+    output = ROOT / "runs" / f"ablation-{args.size}"
+    name = "temperatures" if args.temperatures else "ablation"
+    threads = max(1, (os.cpu_count() or 1) // JOBS[args.size])
+    jobs = [(row, flags, seed) for seed in args.seeds for row, (flags, _) in rows.items()]
+    folders = [output / f"{row.replace(' ', '').replace(',', '-')}-seed{seed}" for row, _, seed in jobs]
+    found = {}
+    with ThreadPoolExecutor(JOBS[args.size]) as pool:
+        waiting = [pool.submit(run, *job, args.size, folder, threads) for job, folder in zip(jobs, folders)]
+        for (row, _, seed), result in zip(jobs, tqdm(waiting, unit="run"), strict=True):
+            found[row, seed] = result.result()
+    print_table(rows, found, args.seeds)
+    draw(output / f"{name}.png", rows, found, args.seeds)
+    print(f"\n{output / f'{name}.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""A training step of MoCo against a plain one, written as the reference writes it: images/s, memory, and its parts.
+
+python benchmarks/step.py                                                 small, one thread of a CPU
+python benchmarks/step.py --arch resnet50 --size 224 --batch 256          a GPU, if there is one
+
+Plain: float32, contiguous, the whole batch at once, the momentum update a loop over parameters, a queue of columns.
+Ours: channels-last, BatchNorm groups with accumulation, one fused update. Each also under autocast to bfloat16. All
+variants take turns in one process; medians are printed, and ratios to plain. Linux only, for the memory.
+"""
+
+import argparse
+import copy
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from moco.contrast import KeyQueue, contrastive_logits
+from moco.encoder import build_encoder, momentum_update
+from moco.shuffle import encode_keys, shuffle_order
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(call):
+    wait()
+    started = time.perf_counter()
+    call()
+    wait()
+    return 1000 * (time.perf_counter() - started)
+
+
+def take_turns(calls, rounds):
+    """{name: median milliseconds}, each called once a round, after a round that does not count."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call))
+    return {name: median(values[1:]) for name, values in times.items()}
+
+
+# ---- the step, plainly and as train_moco.py takes it
+
+
+def plain_step(args, precision):
+    """A function that takes one step of the reference's algorithm on its own random images."""
+    torch.manual_seed(0)
+    encoder_q = build_encoder(args.arch).to(DEVICE)
+    encoder_k = copy.deepcopy(encoder_q)
+    for parameter in encoder_k.parameters():
+        parameter.requires_grad = False
+    queue = F.normalize(torch.randn(128, args.queue_size, device=DEVICE), dim=0)
+    optimizer = torch.optim.SGD(encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    im_q, im_k = torch.randn(2, args.batch, 3, args.size, args.size, device=DEVICE)
+    labels = torch.zeros(args.batch, dtype=torch.long, device=DEVICE)
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    pointer = 0
+
+    def step():
+        nonlocal pointer
+        with autocast:
+            q = F.normalize(encoder_q(im_q), dim=1)
+            with torch.no_grad():
+                reference_update(encoder_q, encoder_k)
+                shuffle = torch.randperm(args.batch, device=DEVICE)
+                k = F.normalize(encoder_k(im_k[shuffle]), dim=1)[torch.argsort(shuffle)]
+            l_pos = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
+            l_neg = torch.einsum("nc,ck->nk", [q, queue.clone().detach()])
+            loss = F.cross_entropy(torch.cat([l_pos, l_neg], dim=1) / 0.2, labels)
+        queue[:, pointer : pointer + args.batch] = k.float().T
+        pointer = (pointer + args.batch) % args.queue_size
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(args, precision, bn_batch):
+    """A function that takes the step of train_moco.py on its own random images."""
+    accelerator = Accelerator(cpu=DEVICE.type == "cpu")
+    torch.manual_seed(0)
+    query_encoder = build_encoder(args.arch).to(DEVICE, memory_format=torch.channels_last)
+    key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
+    queue = KeyQueue(args.queue_size, 128).to(DEVICE)
+    optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(2, args.batch, 3, args.size, args.size, device=DEVICE)
+    query_images, key_images = (view.contiguous(memory_format=torch.channels_last) for view in images)
+    positive = torch.zeros(bn_batch, dtype=torch.long, device=DEVICE)
+    number = 0
+
+    def step():
+        nonlocal number
+        number += 1
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            momentum_update(query_encoder, key_encoder, 0.999)
+            order = shuffle_order(0, number, args.batch)
+            all_keys = encode_keys(key_encoder, key_images, order, bn_batch, accelerator)
+            for group, keys in zip(query_images.split(bn_batch), all_keys.split(bn_batch)):
+                q = F.normalize(query_encoder(group).float(), dim=1)
+                with torch.autocast(DEVICE.type, enabled=False):
+                    logits = contrastive_logits(q, keys, queue.keys, 0.2)
+                (F.cross_entropy(logits, positive) / (args.batch // bn_batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        queue.enqueue(all_keys)
+
+    return step
+
+
+def variants(args):
+    group = min(args.bn_batch, args.batch)
+    return {
+        "plain, float32": lambda: plain_step(args, "float32"),
+        "plain, bfloat16": lambda: plain_step(args, "bf16"),
+        "ours, float32, one group": lambda: our_step(args, "float32", args.batch),
+        f"ours, float32, groups of {group}": lambda: our_step(args, "float32", group),
+        "ours, bfloat16, one group": lambda: our_step(args, "bf16", args.batch),
+        f"ours, bfloat16, groups of {group}": lambda: our_step(args, "bf16", group),
+    }
+
+
+def peak_memory(name):
+    """MB that two steps of a variant add to the process, in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak_memory(step):
+    """On a GPU of the allocator, on a CPU of the process, over what encoders and images take."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step(), step()
+        print(torch.cuda.max_memory_allocated() / 1e6)
+    else:
+        before = process_memory("VmRSS")
+        step(), step()
+        print(process_memory("VmHWM") - before)
+
+
+def process_memory(kind):
+    """MB, now (VmRSS) or at its highest (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{kind}:")[1].split()[0]) / 1e3
+
+
+# ---- its parts
+
+
+def reference_update(query_encoder, key_encoder):
+    for param_q, param_k in zip(query_encoder.parameters(), key_encoder.parameters()):
+        param_k.data = param_k.data * 0.999 + param_q.data * (1.0 - 0.999)
+
+
+def print_parts(rounds):
+    query_encoder, key_encoder = (build_encoder("resnet50").to(DEVICE) for _ in range(2))
+    copied, target = torch.cat([p.detach().flatten() for p in query_encoder.parameters()]), None
+    target = torch.empty_like(copied)
+    times = take_turns(
+        {
+            "loop": lambda: reference_update(query_encoder, key_encoder),
+            "fused": lambda: momentum_update(query_encoder, key_encoder, 0.999),
+            "copy": lambda: target.copy_(copied),
+        },
+        rounds,
+    )
+    bandwidth = 2 * copied.nbytes / times["copy"] / 1e6  # GB/s, read and written
+    limit = 3 * copied.nbytes / bandwidth / 1e6  # ms: two tensors read, one written
+    print(
+        f"\nmomentum update of a ResNet-50: reference's loop {times['loop']:.1f} ms, fused {times['fused']:.1f} ms"
+        f" (x {times['loop'] / times['fused']:.2f}); its bytes at the bandwidth of a copy, {bandwidth:.1f} GB/s,"
+        f" are {limit:.1f} ms"
+    )
+    queries, keys = F.normalize(torch.randn(2, 256, 128, device=DEVICE), dim=2)
+    queries.requires_grad_()
+    for size in (4096, 65536, 1_000_000):
+        queue = KeyQueue(size, 128).to(DEVICE)
+        zeros = torch.zeros(256, dtype=torch.long, device=DEVICE)
+        times = take_turns(
+            {
+                "enqueue": lambda queue=queue: queue.enqueue(keys),
+                "loss": lambda queue=queue, zeros=zeros: F.cross_entropy(
+                    contrastive_logits(queries, keys, queue.keys, 0.2), zeros
+                ).backward(),
+            },
+            max(3, rounds // 3),
+        )
+        print(f"K {size:8}: enqueue of 256 keys {times['enqueue']:6.2f} ms, logits and loss {times['loss']:8.1f} ms")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--size", type=int, default=64, help="pixels [%(default)s]")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--bn-batch", type=int, default=32)
+    parser.add_argument("--queue-size", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        return print_peak_memory(variants(args)[args.memory_of]())
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    print(
+        f"{args.arch}, {args.size} pixels, batch {args.batch}, K {args.queue_size}, {where}, torch {torch.__version__}"
+    )
+    times = take_turns({name: build() for name, build in variants(args).items()}, args.rounds)
+    plain = times["plain, float32"]
+    for name, took in times.items():
+        print(
+            f"{name:32} {took:8.1f} ms, {1000 * args.batch / took:7.1f} images/s, x {plain / took:.2f},"
+            f" peak memory {peak_memory(name):7.0f} MB"
+        )
+    print_parts(args.rounds)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    main()

@@ -1,0 +1,63 @@
+"""The supervised row of the comparison: the same encoder trained with labels on the built-in data, then to be probed.
+
+python benchmarks/supervised.py --output runs/supervised-shapes
+python linear_probe.py --data shapes --backbone runs/supervised-shapes
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from moco.augment import normalize, to_float
+from moco.backbone import save_backbone
+from moco.data import LabelledCrops, load_splits, loader, train_keys
+from moco.encoder import build_encoder
+from moco.schedule import learning_rate
+from moco.shapes import CLASSES
+from train_moco import fast_bf16
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="run folder")
+    parser.add_argument("--arch", default="resnet10")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
+    device, size = accelerator.device, 32
+    train_set, _ = load_splits("shapes")
+    torch.manual_seed(args.seed)
+    encoder = build_encoder(args.arch, dim=len(CLASSES), head="fc").to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
+    encoder, optimizer = accelerator.prepare(encoder, optimizer)
+    keys = train_keys(train_set, args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
+    batches = iter(loader(LabelledCrops(train_set, size, args.seed), keys, args.workers))
+    steps_per_epoch = len(train_set) // args.batch_size
+    bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step // steps_per_epoch, args.epochs, "cosine", ())
+        crops, labels, _ = next(batches)
+        logits = encoder(normalize(to_float(crops.to(device, non_blocking=True))))
+        loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.2f}")
+    settings = {name: value for name, value in vars(args).items() if name != "output"}
+    encoder = accelerator.unwrap_model(encoder)
+    save_backbone(args.output / "backbone", encoder, args.arch, size, "supervised", {"data": "shapes"} | settings)
+
+
+if __name__ == "__main__":
+    main()
