@@ -31,8 +31,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.augment import crop_pair, random_crop_boxes
-from moco.data import crop_generator, decode_image, load_splits, train_batches, train_keys
+from moco.augment import random_crop_boxes
+from moco.data import crop_generator, decode_crops, load_splits, train_batches, train_keys
 from moco.shapes import encode_jpeg
 from moco.stream import read_footer, read_footers, worker_windows
 from tests.hub import serving
@@ -59,9 +59,9 @@ def theirs(name, rank):
 
     def crops(rows):
         views = torch.empty(len(rows), 2, SIZE, SIZE, 3, dtype=torch.uint8)
-        for i, (view, row) in enumerate(zip(views, rows)):
-            image = decode_image(row["image"])
-            view.copy_(crop_pair(image, random_crop_boxes(*image.shape[:2], crop_generator(0, 0, i)), SIZE))
+        for i, row in enumerate(rows):
+            boxes = functools.partial(random_crop_boxes, rng=crop_generator(0, 0, i))
+            views[i] = decode_crops(row["image"], boxes, SIZE)
         return views
 
     n = BATCH // PROCESSES
