@@ -5,7 +5,7 @@ python benchmarks/stream.py     ten minutes on two cores, 40 MB in a temporary f
 Both read the same parquet files from a server on loopback in two processes with one worker each, decode with the same
 code and cut the same crops; runs alternate. `datasets` streams with shuffle and split_dataset_by_node, as its
 documentation has it. Epochs are read whole, the time from the name of the dataset to its last batch. Our bytes have in
-them what is read ahead of the next epoch, which a run of several epochs would use.
+them the first window of the next epoch, which is read ahead.
 """
 
 import argparse
@@ -47,8 +47,8 @@ IMAGENET = (294, 1_281_167)  # files, images
 
 def ours(name, rank):
     images, _ = load_splits(name)
-    keys = train_keys(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW)
-    for views, _ in itertools.islice(train_batches(images, SIZE, 0, "v2", keys, 1), len(images) // BATCH):
+    keys = itertools.islice(train_keys(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
+    for views, _ in train_batches(images, SIZE, 0, "v2", keys, 1):
         yield len(views)
 
 
