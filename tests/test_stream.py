@@ -266,13 +266,14 @@ def run_of(hub, data, output, *flags, processes=1):
 def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, folder, tmp_path):
     local = run_of(hub, folder, tmp_path / "local")
     hub.faults = [503, None, "reset", None, None, 429, "truncate", None, "503 Retry-After", None, 500]
-    remote = run_of(hub, "some/one", tmp_path / "remote")
+    remote = run_of(hub, "some/one", tmp_path / "remote", "--revision", "v1.0")
     assert local.returncode == remote.returncode == 0, remote.stderr
     assert not hub.faults
     kept = ("step", "loss", "accuracy", "knn", "undecodable")
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("local", "remote")]
     metrics = [[{key: line.get(key) for key in kept} for line in run] for run in lines]
     assert metrics[0] == metrics[1] and len(metrics[0]) == 5
+    assert ("GET", "/api/datasets/some/one/revision/v1.0", None) in hub.requests
     revisions = {path.split("/")[5] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
     assert revisions == {COMMIT}
 
