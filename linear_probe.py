@@ -44,10 +44,14 @@ from moco.data import (
     CachedFeatures,
     LabelledCrops,
     batch_keys,
+    label_range,
     load_splits,
     loader,
     name_undecodable,
     read_image,
+    row_order,
+    split_rows,
+    train_keys,
 )
 from moco.encoder import resnet_names
 from moco.errors import UserError, one_line_errors
@@ -55,14 +59,15 @@ from moco.knn import cache_features, extract_features, feature_bank, feature_bat
 from moco.publish import push_backbone
 from moco.run import check_limits, check_output, check_unchanged, finish
 from moco.schedule import learning_rate
+from moco.stream import ParquetImages
 
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {"image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
 HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among several --lr: at most, and share at most
 # What a resumed run may change; everything else is what its numbers depend on.
 FREE_ON_RESUME = {
-    "output", "resume", "evaluate", "workers", "keep", "checkpoint_every", "evaluate_every", "knn", "knn_temperature",
-    "push_to_hub",
+    "output", "resume", "evaluate", "workers", "shuffle_window", "keep", "checkpoint_every", "evaluate_every", "knn",
+    "knn_temperature", "push_to_hub",
 }  # fmt: skip
 
 
@@ -91,6 +96,9 @@ def parse_args():
     )
     add("--image-column", metavar="NAME", help="column of images, where the data has several")
     add("--label-column", metavar="NAME", help="column of labels, where the data has several")
+    add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
+    add("--no-streaming", action="store_true", help="download parquet files instead of reading them where they lie")
+    add("--shuffle-window", type=int, metavar="ROWS", default=800, help="shuffled at a time in a stream [%(default)s]")
     add("--image-size", type=int, metavar="PIXELS", default=224, help="side of a crop [%(default)s]")
     add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
     add = parser.add_argument_group("classifier").add_argument
@@ -124,11 +132,9 @@ def parse_args():
     given, _ = parser.parse_known_args()
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     args = parser.parse_args()
-    if args.output is None:
-        if args.backbone is None:
-            raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
+    if args.output is None and args.backbone is not None:
         args.output = default_output(args.backbone, args.data)
-    if args.resume or args.evaluate:
+    if args.output is not None and (args.resume or args.evaluate):
         saved = read_run(args.output)
         parser.set_defaults(
             **{
@@ -169,6 +175,7 @@ def check_args(args, processes):
     """Raise UserError for values that cannot work, before anything is read or written."""
     limits = {
         "image_size": (args.image_size >= 16, "at least 16"),
+        "shuffle_window": (args.shuffle_window >= 1, "at least 1"),
         "workers": (args.workers >= 0, "0 or more"),
         "arch": (args.arch is None or args.arch in resnet_names(), f"one of {', '.join(resnet_names())}"),
         "lr": (all(0 < lr < math.inf for lr in args.lr), "above 0"),
@@ -207,12 +214,18 @@ def count_classes(train_set, test_set, name):
     names = [getattr(split.features["label"], "names", None) for split in splits]
     if names[0] != names[-1]:
         raise UserError(f"--data {name} has {names[0]} as classes of training but {names[-1]} of validation")
-    low, high = 0, 0
     for split in splits:
-        labels = np.asarray(split["label"])
-        if labels.dtype.kind not in "iu":
-            raise UserError(f"--data {name} has {labels[0]!r} as a label; labels must be whole numbers from 0 on")
-        low, high = min(low, int(labels.min())), max(high, int(labels.max()))
+        kind = str(getattr(split.features["label"], "dtype", type(split.features["label"]).__name__))
+        if not kind.startswith(("int", "uint")):
+            raise UserError(f"--data {name} has labels of type {kind}; they must be whole numbers from 0 on")
+    ranges = [label_range(split) for split in splits]
+    if None in ranges and not names[0]:
+        raise UserError(
+            f"--data {name} names no classes, and its files do not say in their footers how many labels there are;"
+            " --no-streaming counts them"
+        )
+    known = [found for found in ranges if found]
+    low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)
     classes = len(names[0]) if names[0] else high + 1
     if low < 0 or high >= classes:
         raise UserError(
@@ -222,9 +235,19 @@ def count_classes(train_set, test_set, name):
 
 
 def hold_out(dataset, images, purpose, seed):
-    """Split a dataset at random into (the rest, `images` of it)."""
-    order = np.random.default_rng([*purpose, seed]).permutation(len(dataset))
-    return dataset.select(np.sort(order[images:])), dataset.select(np.sort(order[:images]))
+    """Split a dataset at random into (the rest, `images` of it); a stream by whole row groups of at least as many."""
+    rng = np.random.default_rng([*purpose, seed])
+    if not isinstance(dataset, ParquetImages):
+        order = rng.permutation(len(dataset))
+        return dataset.select(np.sort(order[images:])), dataset.select(np.sort(order[:images]))
+    order = rng.permutation(len(dataset.groups))
+    count = int(np.searchsorted(dataset.rows_in_group[order].cumsum(), images)) + 1
+    if count >= len(order):
+        raise UserError(
+            f"--data has {len(order)} row groups, too few to hold {images} of {len(dataset)} images out;"
+            " --no-streaming holds out single images"
+        )
+    return dataset.select_groups(order[count:]), dataset.select_groups(order[:count])
 
 
 # ---- classifiers
@@ -288,10 +311,10 @@ def evaluate(backbone, classifiers, dataset, size, workers, accelerator):
     The processes share the images out and add up counts, so that none is padded or dropped. Also returns this
     process's undecodable images as (name, reason).
     """
-    mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    _, mine = split_rows(dataset, range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
     correct = torch.zeros(len(classifiers.heads), 2, dtype=torch.long, device=accelerator.device)
     undecodable = []
-    for features, labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
+    for _, features, labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
         correct += count_correct(classifiers(features), labels)
         undecodable += failed
     return (100 * accelerator.reduce(correct, "sum").double() / len(dataset)).tolist(), undecodable
@@ -333,7 +356,9 @@ def main():
         # Only the card asks what is known of the weights; to tell it reads them a second time.
         known = read_backbone(args.backbone, args.encoder)[1] if args.push_to_hub and args.backbone != "random" else {}
         backbone = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
-    train_set, test_set = load_splits(args.data, args.image_column, args.label_column, streaming=False)
+    train_set, test_set = load_splits(
+        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
+    )
     arch, _ = fitting_arch(backbone.state_dict())
     width = feature_width(backbone.state_dict())
     digest = weights_digest(backbone.state_dict())
@@ -356,6 +381,8 @@ def main():
     read_image(train_set, 0)  # where nothing can be decoded, say so now
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
+    where = (rank, world, args.workers, args.shuffle_window)
+    rows = {} if args.cached_features else row_order(train_set, *where[1:])
 
     # ---- classifiers, equal on every process, since their seed and their updates are
     classifiers = LinearClassifiers(width, classes, len(args.lr), args.seed).to(device)
@@ -376,13 +403,23 @@ def main():
             raise UserError(f"--backbone {args.backbone} has changed since {args.output} was begun; start a new run")
         classifiers.load_state_dict(tensors["classifiers"])
         load_optimizer_tensors(optimizer, tensors["optimizer"])
-        start, window, undecodable = state["step"], state["window"], state["undecodable"]
+        saved, window, undecodable = state["step"], state["window"], state["undecodable"]
+        start = saved
+        if args.resume and state["rows"] != rows:  # its images of this epoch cannot be told from those to come
+            start = saved // steps_per_epoch * steps_per_epoch
+        if start < saved:
+            window, undecodable = {"steps": 0, "loss": zeros, "correct": zeros}, 0
     accelerator.wait_for_everyone()  # nobody writes before everybody has read
     if is_main:
         counts = (len(train_set), len(held_out or ()), len(test_set), classes)
         print_settings(args, arch, width, counts, world)
         if args.resume or args.evaluate:
             print(f"resume  after step {start}")
+            if start < saved:
+                print(
+                    f"        not {saved}: files, processes, workers or window differ, so the epoch starts again in a"
+                    " new order"
+                )
         if not args.evaluate:
             if args.resume:
                 trim_metrics(metrics, start)
@@ -398,7 +435,7 @@ def main():
     def save(step):
         check_equal_state({"classifiers": classifiers}, accelerator)
         if is_main:  # so one process can save for all
-            state = {"images": len(train_set), "window": window, "undecodable": undecodable}
+            state = {"images": len(train_set), "rows": rows, "window": window, "undecodable": undecodable}
             tensors = {"classifiers": classifiers.state_dict(), "optimizer": optimizer_tensors(optimizer)}
             save_checkpoint(checkpoints, step, tensors, state | {"backbone_sha256": digest}, args.keep)
         accelerator.wait_for_everyone()
@@ -414,16 +451,17 @@ def main():
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     if args.evaluate:
         total_steps = start
-    elif not args.resume:
-        save(0)
+    elif not args.resume or start < saved:
+        save(start)
 
     # ---- training
-    keys = batch_keys(len(train_set), args.batch_size, args.seed, start, rank, world)
     if args.cached_features and start < total_steps:
         cache = (args.output / "features", backbone, digest, train_set, args.image_size, args.workers, accelerator)
         name_undecodable(cache_features(*cache), named, accelerator)
+        keys = batch_keys(len(train_set), args.batch_size, args.seed, start, rank, world)
         batches = iter(loader(CachedFeatures(args.output / "features"), keys, workers=0))
     else:
+        keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
         batches = iter(loader(LabelledCrops(train_set, args.image_size, args.seed), keys, args.workers))
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main or args.evaluate)
@@ -515,7 +553,7 @@ def main():
     if args.knn:
         results["knn_temperature"] = args.knn_temperature
         features, labels, failed = extract_features(
-            backbone, test_set, list(range(len(test_set))), args.image_size, args.workers, accelerator
+            backbone, test_set, range(len(test_set)), args.image_size, args.workers, accelerator
         )
         bank, bank_labels, failed_too = feature_bank(backbone, train_set, args.image_size, args.workers, accelerator)
         name_undecodable(failed + failed_too, named, accelerator)

@@ -78,7 +78,7 @@ SHAPES = {
     "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
 }  # fmt: skip
 # What a resumed run may change; everything else is what its numbers depend on.
-FREE_ON_RESUME = {"output", "resume", "workers", "keep", "checkpoint_every", "tracker", "push_to_hub"}
+FREE_ON_RESUME = {"output", "resume", "workers", "shuffle_window", "keep", "checkpoint_every", "tracker", "push_to_hub"}
 
 
 def parse_args():
@@ -321,6 +321,8 @@ def main():
         start = saved
         if state["rows"] != rows:  # its images of this epoch cannot be told from those to come
             start = saved // steps_per_epoch * steps_per_epoch
+        if start < saved:
+            totals, undecodable = {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
     accelerator.wait_for_everyone()  # nobody writes before everybody has read
     if is_main:
         print_settings(args, len(train_set), world, micro_batches, candidates)

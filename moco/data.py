@@ -63,6 +63,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
                 and all(str(path).endswith(".parquet") for paths in files.values() for path in paths)
             ):
                 return parquet_splits(name, files, image_column, label_column)
+            if streaming and not folder.is_dir() and PartialState().is_main_process:
+                print(f"data    {name} is not in parquet files: downloaded once a machine in place of being streamed")
             with PartialState().local_main_process_first():
                 builder.download_and_prepare()
             splits = builder.as_dataset()
@@ -151,6 +153,14 @@ def select_columns(dataset, name, image_column, label_column):
         return dataset.cast_column("image", datasets.Image(decode=False))
     except (TypeError, ValueError) as error:
         raise UserError(f"--image-column {image_column} of {name} does not hold images: {first_line(error)}") from error
+
+
+def label_range(dataset):
+    """(smallest, largest) label, a missing one as -1; None for a stream whose files do not say without being read."""
+    if isinstance(dataset, ParquetImages):
+        return dataset.label_range()
+    labels = np.asarray(dataset["label"])
+    return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
 
 
 # ---- one image
@@ -267,14 +277,17 @@ class LabelledCrops(Dataset):
     """One random crop of each image of a batch, flipped or not, with its label: what a classifier is trained on.
 
     RandomResizedCrop of torchvision's default scale 0.08-1, larger than the encoders' 0.2-1, as in the reference.
-    Item [(epoch, index), ...] is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason) of undecodable
-    images]); the neighbour that replaces an undecodable image brings its own label.
+    Item ([(epoch, index), ...], row groups to read ahead) is (crops (n, size, size, 3) uint8, labels (n,) int64,
+    [(name, reason) of undecodable images]); the neighbour that replaces an undecodable image brings its own label.
     """
 
     def __init__(self, dataset, size, seed):
         self.dataset, self.size, self.seed = dataset, size, seed
 
-    def __getitem__(self, keys):
+    def __getitem__(self, item):
+        keys, groups = item
+        if groups:
+            self.dataset.keep(groups)
         crops = torch.empty(len(keys), self.size, self.size, 3, dtype=torch.uint8)
         labels, undecodable = torch.empty(len(keys), dtype=torch.long), []
         for i, key in enumerate(keys):
@@ -358,17 +371,47 @@ def loader(dataset, keys, workers):
 # ---- evaluation batches
 
 
+def split_rows(dataset, rows, parts):
+    """A sequence of rows in contiguous parts, [(position of its first, rows), ...], some of which may be empty.
+
+    Those of a stream are cut between row groups, so that each is read by one part alone.
+    """
+    starts = np.arange(len(rows) + 1)
+    if isinstance(dataset, ParquetImages):
+        starts = np.flatnonzero(np.diff(dataset.groups_of(rows), prepend=-1, append=-2))
+    cuts = starts[np.searchsorted(starts, np.arange(parts + 1) * len(rows) // parts)].tolist()
+    return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
+
+
+def ordered_keys(dataset, rows, size, workers):
+    """Batches of at most `size` of `rows`, as [(position of its first, rows, row groups to read ahead), ...].
+
+    Each worker of a `loader` reads a contiguous part: a DataLoader hands batches to its workers in turn, so the list
+    has those of each part in turn, and empty ones where a part has no more.
+    """
+    streamed, parts = isinstance(dataset, ParquetImages), []
+    for first, part in split_rows(dataset, rows, max(1, workers)):
+        batches = [part[i : i + size] for i in range(0, len(part), size)]
+        groups = [list(dict.fromkeys(dataset.groups_of(batch).tolist())) if streamed else [] for batch in batches]
+        ahead = [here + following for here, following in zip(groups, [*groups[1:], []])]
+        parts.append(zip(range(first, first + len(part), size), batches, ahead))
+    return [batch for turn in itertools.zip_longest(*parts, fillvalue=(0, [], [])) for batch in turn]
+
+
 class CenterCrops(Dataset):
     """Fixed crops for evaluation: short side resized to size * 256 / 224, then the centre, as the papers test.
 
-    Item [index, ...] is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason) of undecodable images]).
-    An undecodable image is replaced by its neighbour, label included.
+    Item ([index, ...], row groups to read ahead) is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason)
+    of undecodable images]). An undecodable image is replaced by its neighbour, label included.
     """
 
     def __init__(self, dataset, size):
         self.dataset, self.size = dataset, size
 
-    def __getitem__(self, indices):
+    def __getitem__(self, item):
+        indices, groups = item
+        if groups:
+            self.dataset.keep(groups)
         crops = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
         labels, undecodable = torch.empty(len(indices), dtype=torch.long), []
         for i, index in enumerate(indices):

@@ -10,8 +10,9 @@ from torch import nn
 from tqdm import tqdm
 
 from moco.augment import normalize, to_float
+from moco.backbone import feature_width
 from moco.checkpoint import write_json
-from moco.data import CenterCrops, loader, sample_rows
+from moco.data import CenterCrops, loader, ordered_keys, sample_rows, split_rows
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 SIMILARITIES = 2**26  # entries of the similarity matrix at a time: 256 MB in float32
@@ -43,35 +44,47 @@ def class_votes(similarity, labels, classes, temperature):
 
 @torch.no_grad()
 def feature_batches(backbone, dataset, rows, size, workers, accelerator):
-    """Pooled features of fixed crops of `rows`, this process's own list of int, a batch at a time.
+    """Pooled features of fixed crops of `rows`, this process's own sequence of int, a batch at a time.
 
-    backbone: in eval mode, without a head. Yields features (n, width) float32, labels (n,) and the undecodable images
-    as (name, reason).
+    backbone: in eval mode, without a head. Yields the position in `rows` of a batch's first row (batches come in the
+    order in which workers read them), features (n, width) float32, labels (n,) and the undecodable images as
+    (name, reason).
     """
-    chunks = [rows[i : i + FEATURE_BATCH] for i in range(0, len(rows), FEATURE_BATCH)]
-    batches = loader(CenterCrops(dataset, size), chunks, workers)
-    for crops, labels, failed in tqdm(batches, "features", leave=False, disable=not accelerator.is_main_process):
-        with accelerator.autocast():
-            pooled = backbone(normalize(to_float(crops.to(accelerator.device, non_blocking=True))))
-        yield pooled.float(), labels.to(accelerator.device), failed
+    keys = ordered_keys(dataset, rows, FEATURE_BATCH, workers)
+    batches = loader(CenterCrops(dataset, size), [(batch, groups) for _, batch, groups in keys], workers)
+    progress = tqdm(batches, "features", leave=False, disable=not accelerator.is_main_process)
+    for (first, batch, _), (crops, labels, failed) in zip(keys, progress, strict=True):
+        if len(batch):
+            with accelerator.autocast():
+                pooled = backbone(normalize(to_float(crops.to(accelerator.device, non_blocking=True))))
+            yield first, pooled.float(), labels.to(accelerator.device), failed
 
 
 def extract_features(encoder, dataset, rows, size, workers, accelerator):
     """Pooled backbone features of fixed crops of `rows`, each process doing its share of the work.
 
-    encoder: a ResNet, whose head `fc` is left out; run in eval mode on a copy. rows: list of int.
+    encoder: a ResNet, whose head `fc` is left out; run in eval mode on a copy. rows: sequence of int.
     Returns on every process features (len(rows), width) float32, labels (len(rows),) and the undecodable images of its
     own share as (name, reason).
     """
     backbone = copy.deepcopy(encoder).eval()
     backbone.fc = nn.Identity()
-    share = -(-len(rows) // accelerator.num_processes)
-    padded = rows + rows[-1:] * (share * accelerator.num_processes - len(rows))  # cut off again below
-    mine = padded[accelerator.process_index * share :][:share]
-    batches = list(feature_batches(backbone, dataset, mine, size, workers, accelerator))
-    features, labels, undecodable = zip(*batches)
-    features, labels = accelerator.gather((torch.cat(features), torch.cat(labels)))
-    return features[: len(rows)], labels[: len(rows)], sum(undecodable, [])
+    first, mine = split_rows(dataset, rows, accelerator.num_processes)[accelerator.process_index]
+    features = torch.zeros(len(rows), feature_width(backbone.state_dict()), device=accelerator.device)
+    labels = torch.zeros(len(rows), dtype=torch.long, device=accelerator.device)
+    undecodable = fill_features((features[first:], labels[first:]), backbone, dataset, mine, size, workers, accelerator)
+    # Shares differ in length, and the rows of others are zero here: a sum is the simplest way to join them.
+    return accelerator.reduce(features, "sum"), accelerator.reduce(labels, "sum"), undecodable
+
+
+def fill_features(out, backbone, dataset, rows, size, workers, accelerator):
+    """Write features and labels of `rows` over the first rows of two tensors or arrays; returns the undecodable."""
+    undecodable = []
+    for first, features, labels, failed in feature_batches(backbone, dataset, rows, size, workers, accelerator):
+        for whole, values in zip(out, (features, labels)):
+            whole[first : first + len(labels)] = values if torch.is_tensor(whole) else values.cpu().numpy()
+        undecodable += failed
+    return undecodable
 
 
 def feature_bank(backbone, dataset, size, workers, accelerator):
@@ -80,16 +93,11 @@ def feature_bank(backbone, dataset, size, workers, accelerator):
     Written batch by batch into one tensor: to collect them first would hold them twice. Also returns the undecodable
     images as (name, reason).
     """
-    mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
-    bank, labels, undecodable, end = None, [], [], 0
-    for features, batch_labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
-        if bank is None:
-            bank = features.new_empty(len(mine), features.shape[1])
-        bank[end : end + len(features)] = F.normalize(features, dim=1)
-        end += len(features)
-        labels.append(batch_labels)
-        undecodable += failed
-    return bank, torch.cat(labels), undecodable
+    _, mine = split_rows(dataset, range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
+    bank = torch.empty(len(mine), feature_width(backbone.state_dict()), device=accelerator.device)
+    labels = torch.empty(len(mine), dtype=torch.long, device=accelerator.device)
+    undecodable = fill_features((bank, labels), backbone, dataset, mine, size, workers, accelerator)
+    return F.normalize(bank, dim=1, out=bank), labels, undecodable
 
 
 def cache_features(folder, backbone, digest, dataset, size, workers, accelerator):
@@ -102,24 +110,18 @@ def cache_features(folder, backbone, digest, dataset, size, workers, accelerator
     done = folder / "cache.json"
     if done.exists() and json.loads(done.read_text()) == made_of:
         return []
-    rank, world, undecodable = accelerator.process_index, accelerator.num_processes, []
-    share = -(-len(dataset) // world)
-    mine = list(range(len(dataset)))[rank * share : (rank + 1) * share]
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
-        width = next(feature_batches(backbone, dataset, [0], size, 0, accelerator))[0].shape[1]
+        width = feature_width(backbone.state_dict())
         np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (len(dataset), width))
         np.lib.format.open_memmap(folder / "labels.npy", "w+", np.int64, (len(dataset),))
     accelerator.wait_for_everyone()
     files = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("features", "labels")]
-    end = rank * share
-    for features, labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
-        for file, values in zip(files, (features, labels)):
-            file[end : end + len(labels)] = values.cpu().numpy()
-        end += len(labels)
-        undecodable += failed
+    first, mine = split_rows(dataset, range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
+    own = [file[first:] for file in files]
+    undecodable = fill_features(own, backbone, dataset, mine, size, workers, accelerator)
     for file in files:
         file.flush()
     accelerator.wait_for_everyone()

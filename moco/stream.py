@@ -9,9 +9,11 @@ A worker holds the row groups of its window and of the next, which it reads ahea
 2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups where these are larger.
 """
 
+import copy
 import hashlib
 import io
 import itertools
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,10 +145,20 @@ class ParquetImages:
         self.column_names = ["image"] + (["label"] if label_column else [])
         features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
         self.features = {name: features[column] for name, column in zip(self.column_names, self.columns)}
-        self.groups = [(file, i) for file, footer in enumerate(footers) for i in range(footer.num_row_groups)]
-        self.rows_in_group = np.array([footers[file].row_group(i).num_rows for file, i in self.groups])
+        self.set_groups([(file, i) for file, footer in enumerate(footers) for i in range(footer.num_row_groups)])
+
+    def set_groups(self, groups):
+        """Be these row groups, (file, index in it), in this order."""
+        self.groups = groups
+        self.rows_in_group = np.array([self.footers[file].row_group(i).num_rows for file, i in groups], dtype=np.int64)
         self.first_row = np.concatenate([[0], self.rows_in_group.cumsum()])
-        self.pool, self.reading, self.last = None, {}, (None, None)
+        self.pool, self.owner, self.reading, self.last = None, None, {}, (None, None)
+
+    def select_groups(self, numbers):
+        """These row groups alone, in the order of the files, as a sequence of their own."""
+        part = copy.copy(self)
+        part.set_groups([self.groups[number] for number in sorted(numbers)])
+        return part
 
     def __len__(self):
         return int(self.first_row[-1])
@@ -154,13 +166,31 @@ class ParquetImages:
     def fingerprint(self):
         """Of what the order of rows depends on: base names and row counts, not where the files lie."""
         names = [Path(path).name for path in self.paths]
-        return hashlib.sha256(repr((names, self.rows_in_group.tolist())).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((names, self.groups, self.rows_in_group.tolist())).encode()).hexdigest()[:16]
 
-    def group_of(self, row):
-        return int(np.searchsorted(self.first_row, row, "right")) - 1
+    def label_range(self):
+        """(smallest, largest) label as the footers say it, a missing one as -1; None where they do not say."""
+        low, high = 0, 0
+        for file, index in self.groups:
+            row_group = self.footers[file].row_group(index)
+            chunks = (row_group.column(i) for i in range(row_group.num_columns))
+            statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == self.columns[1])
+            if statistics is None or not statistics.has_null_count:
+                return None
+            if statistics.null_count:
+                low = -1
+            if statistics.has_min_max:
+                low, high = min(low, statistics.min), max(high, statistics.max)
+            elif statistics.null_count < row_group.num_rows:
+                return None
+        return low, high
+
+    def groups_of(self, rows):
+        """The row group that each of `rows` is in."""
+        return np.searchsorted(self.first_row, rows, "right") - 1
 
     def __getitem__(self, row):
-        group = self.group_of(row)
+        group = int(self.groups_of(row))
         if group in self.reading:
             table = self.reading[group].result()
         else:
@@ -174,7 +204,8 @@ class ParquetImages:
 
     def keep(self, groups):
         """Read these row groups in the background, in this order, and forget all others."""
-        self.pool = self.pool or ThreadPoolExecutor(READERS)
+        if self.owner != os.getpid():  # a worker inherits its parent's pool, but not the threads
+            self.pool, self.owner, self.reading = ThreadPoolExecutor(READERS), os.getpid(), {}
         for group in self.reading.keys() - set(groups):
             self.reading.pop(group).cancel()
         for group in groups:
@@ -213,19 +244,20 @@ def part_windows(rows_in_group, seed, epoch, part, low, high, window):
     part: any ints that name it, the source of its shuffle. window: rows; it ends with the row group that reaches it.
     Yields arrays of row numbers and lists of row group numbers.
     """
-    first_row = np.concatenate([[0], rows_in_group.cumsum()])
     order = np.random.default_rng([*b"groups", seed, epoch]).permutation(len(rows_in_group))
     ends = rows_in_group[order].cumsum()
-    begin, stop = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left") + 1
-    groups, pieces, rows, index = [], [], 0, 0
-    for i in range(begin, min(stop, len(order))):
-        group, start = int(order[i]), ends[i] - rows_in_group[order[i]]
-        piece = np.arange(max(low, start) - start, min(high, ends[i]) - start) + first_row[group]
-        groups, pieces, rows = [*groups, group], [*pieces, piece], rows + len(piece)
-        if rows >= window or ends[i] >= high:
-            shuffle = np.random.default_rng([*b"window", seed, epoch, *part, index])
-            yield shuffle.permutation(np.concatenate(pieces)), groups
-            groups, pieces, rows, index = [], [], 0, index + 1
+    starts = ends - rows_in_group[order]
+    # The number of a row is its position in this order and the shift of its row group.
+    shift = rows_in_group.cumsum()[order] - ends
+    rng = np.random.default_rng([*b"windows", seed, epoch, *part])
+    while low < high:
+        first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, min(low + window, high), "left")
+        stop = min(int(ends[last]), high)
+        rows_of_each = np.minimum(ends[first : last + 1], stop) - np.maximum(starts[first : last + 1], low)
+        rows = np.arange(low, stop) + np.repeat(shift[first : last + 1], rows_of_each)
+        rng.shuffle(rows)
+        yield rows, order[first : last + 1].tolist()
+        low = stop
 
 
 def worker_windows(rows_in_group, batch_size, seed, start, rank, world, worker, workers, window):

@@ -6,12 +6,14 @@ the real huggingface_hub talks to it: in this process after `Hub.here(monkeypatc
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +33,7 @@ class Hub(ThreadingHTTPServer):
     gated: names of repositories that anybody may list and nobody fetch. private: those that are there for TOKEN only.
     requests: (method, path, Range) of what was asked. sent: bytes of files sent, by the RANK of the process that asked,
     or by "alone". created: {name of a repository: "private" or "public"}.
+    latency: seconds before a file's first byte.
     """
 
     daemon_threads = True
@@ -40,6 +43,7 @@ class Hub(ThreadingHTTPServer):
         self.root, self.url = Path(root), f"http://127.0.0.1:{self.server_port}"
         self.faults, self.gated, self.private, self.requests, self.sent = [], set(), set(), [], Counter()
         self.created, self.uploads, self.stopped, self.lock = {}, {}, threading.Event(), threading.Lock()
+        self.latency, self.url_of_large_files = 0.0, f"http://localhost:{self.server_port}/large"
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def here(self, monkeypatch, token=None):
@@ -85,8 +89,16 @@ def serving(root):
         hub.server_close()
 
 
+@functools.cache
+def digest(path, changed):
+    """SHA-256 of a file as it was when last changed."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are sent apart, and would wait for each other
+    rank = None
 
     def log_message(self, *values):
         pass
@@ -130,7 +142,12 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, _, file = match.groups("models")
             if self.may_read(kind, name, files=True):
-                self.send_file(self.server.files(kind, name).get(file))
+                if self.command == "GET" and file.endswith(".parquet"):  # large files lie on another host
+                    self.answer({}, 302, Location=f"{self.server.url_of_large_files}/{kind}/{name}/{file}")
+                else:
+                    self.send_file(self.server.files(kind, name).get(file))
+        elif match := re.fullmatch(r"/large/(datasets|models)/([^/]+/[^/]+)/(.+)", path):
+            self.send_file(self.server.files(match[1], match[2]).get(match[3]))
         elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             if self.may_read(*match.groups()[:2]):
                 self.answer(self.information(*match.groups()[:2]))
@@ -205,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
                 continue
             parents = [str(parent) for parent in Path(path).parents if str(parent) not in (".", folder)]
             entries |= {parent: {"type": "directory", "path": parent, "oid": "0", "size": 0} for parent in parents}
-            oid = hashlib.sha256(here.read_bytes()).hexdigest()[:40]
+            oid = digest(here, here.stat().st_mtime_ns)[:40]
             entries[path] = {"type": "file", "path": path, "oid": oid, "size": here.stat().st_size}
         return [entry for path, entry in entries.items() if recursive or "/" not in path.removeprefix(prefix)]
 
@@ -246,30 +263,34 @@ class Handler(BaseHTTPRequestHandler):
         elif path is None:
             self.refuse(404, "EntryNotFound", "Entry not found")
         else:
-            self.send_range(path.read_bytes(), fault)
+            self.send_range(path, fault)
 
-    def send_range(self, data, fault):
+    def send_range(self, path, fault):
+        time.sleep(self.server.latency)
+        size = path.stat().st_size
         first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "bytes=0-").groups()
-        start, end = (
-            (int(first), int(last or len(data) - 1) + 1) if first else (max(0, len(data) - int(last)), len(data))
-        )
-        end = min(end, len(data))
+        start, end = (int(first), int(last or size - 1) + 1) if first else (max(0, size - int(last)), size)
+        end = min(end, size)
         self.send_response(206 if self.headers.get("Range") else 200)
         if self.headers.get("Range"):
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Content-Length", str(end - start))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{digest(path, path.stat().st_mtime_ns)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "HEAD":
             return
-        body = data[start:end]
+        if self.rank is None:  # of this connection, which one handler serves
+            self.rank = self.server.rank_of(self.client_address[1])
+        with path.open("rb") as file:
+            file.seek(start)
+            body = file.read(end - start)
         if fault:
             body = body[: len(body) // 2]
         self.wfile.write(body)
         with self.server.lock:
-            self.server.sent[self.server.rank_of(self.client_address[1])] += len(body)
+            self.server.sent[self.rank] += len(body)
         self.close_connection = fault is not None
         if fault == "stall":
             self.wfile.flush()

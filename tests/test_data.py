@@ -253,7 +253,7 @@ def test_in_evaluation_the_neighbour_brings_its_label(tmp_path):
     for name in ("cat", "dog"):
         write_images(tmp_path / "pets" / name, 1)
     (tmp_path / "pets" / "cat" / "000.jpg").write_bytes(b"")
-    crops, labels, undecodable = CenterCrops(load_splits(str(tmp_path / "pets"))[0], 16)[[0, 1]]
+    crops, labels, undecodable = CenterCrops(load_splits(str(tmp_path / "pets"))[0], 16)[[0, 1], ()]
     assert labels.tolist() == [1, 1] and crops[0].equal(crops[1]) and len(undecodable) == 1
 
 

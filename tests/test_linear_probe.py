@@ -4,6 +4,8 @@ import json
 import random
 import signal
 
+import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
 
-from linear_probe import LinearClassifiers, build_optimizer, count_correct, train_step
+from linear_probe import LinearClassifiers, build_optimizer, count_classes, count_correct, hold_out, train_step
 from moco.checkpoint import complete_checkpoints
+from moco.data import load_splits
+from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
 from moco.schedule import learning_rate
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
@@ -108,11 +112,12 @@ def labelled(tmp_path_factory):
     return root
 
 
-def probe(data, output, *flags, processes=1):
+def probe(data, output, *flags, processes=1, says=""):
     done = run_script(
         "linear_probe.py", "--data", data, "--output", output, *SMALL.split(), *flags, processes=processes
     )
     assert done.returncode == 0, done.stderr
+    assert says in done.stdout
     return json.loads((output / "results.json").read_text())
 
 
@@ -132,6 +137,78 @@ def test_one_and_two_processes_give_the_same_top1_and_a_resumed_run_the_same_cla
     final = max((tmp_path / "cut" / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
     weights, expected = (load_file(f / "classifiers.safetensors") for f in (final, tmp_path / final.name))
     assert all(value.equal(expected[key]) for key, value in weights.items())
+
+
+def write_parquet(folder, train, test):
+    """Files of 25 training images and of test images. train, test: the rows of their row groups."""
+    folder.mkdir()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
+    for split, groups, count in (("train", train, 25), ("test", test, 13)):
+        for file, rows in enumerate(groups):
+            numbers = range(count * file, count * file + count)
+            images = [{"bytes": encode_jpeg(draw_scene(split, i)[0]), "path": f"{i}.jpg"} for i in numbers]
+            part = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in numbers]}, features=features)
+            part.to_parquet(folder / f"{split}-{file}.parquet", batch_size=rows)
+    return folder
+
+
+def test_classes_of_a_stream_are_told_without_reading_it(tmp_path):
+    def stream(labels, feature, statistics=True):
+        features = datasets.Features(image=datasets.Image(), label=feature)
+        part = datasets.Dataset.from_dict({"image": [None] * len(labels), "label": labels}, features=features)
+        pq.write_table(part.data.table, tmp_path / "train.parquet", write_statistics=statistics)
+        return load_splits(str(tmp_path))[0]
+
+    named, numbers = datasets.ClassLabel(names=["a", "b", "c"]), datasets.Value("int32")
+    for split in (stream([0, 1], named), stream([0, 1], named, statistics=False), stream([0, 2, 1], numbers)):
+        assert count_classes(split, None, "D") == 3
+    for split, message in (
+        (stream([0, -1], named), "labels from -1 to 0 for 3 classes"),
+        (stream([0, None], numbers), "some images are not labelled"),
+        (stream([0, 1], numbers, statistics=False), "names no classes, .*; --no-streaming counts them"),
+        (stream(["a", "b"], datasets.Value("string")), "labels of type string"),
+    ):
+        with pytest.raises(UserError, match=message):
+            count_classes(split, None, "D")
+    with pytest.raises(UserError, match="1 row groups, too few to hold 1 of 2 images out; --no-streaming"):
+        hold_out(stream([0, 1], named), 1, b"validation", 0)
+
+
+@pytest.mark.slow
+def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path):
+    """The test images are one row group, so of two processes one has none."""
+    parquet = write_parquet(tmp_path / "data", train=[10, 10, 10], test=[13])
+    flags = ["--lr", 1, 3, "--knn", 1, 5, "--epochs", 2, "--shuffle-window", 20, "--checkpoint-every", 2, "--keep", 9]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    whole = probe(parquet, tmp_path / "run", *flags)
+    assert whole["classes"] == 3 and whole["validation_images"] == 13
+    assert whole["train_images"] + whole["held_out_images"] == 75 and 7 <= whole["held_out_images"] <= 15
+    assert whole["steps"] == 6
+    weights = (checkpoints / "step_6" / "classifiers.safetensors").read_bytes()
+
+    def as_if_killed_after_step_2():
+        for name in ("step_6", "step_4"):
+            (checkpoints / name / "state.json").unlink()
+
+    as_if_killed_after_step_2()
+    resumed = probe(parquet, tmp_path / "run", *flags, "--resume", says="resume  after step 2")
+    assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() == weights
+    assert resumed["classifiers"] == whole["classifiers"] and resumed["knn"] == whole["knn"]
+    two = probe(parquet, tmp_path / "run", *flags, "--evaluate", processes=2)
+    assert two["classifiers"] == whole["classifiers"] and two["knn"] == whole["knn"]
+
+    as_if_killed_after_step_2()
+    probe(parquet, tmp_path / "run", *flags, "--resume", "--workers", 2, says="not 2: files, processes, workers")
+    assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() != weights
+
+
+def test_the_features_of_one_row_group_are_cached_and_searched_by_two_processes(tmp_path):
+    """One has no image, neither of training nor of the test; kNN is that of one process that downloads."""
+    parquet = write_parquet(tmp_path / "data", train=[25], test=[13])
+    streamed = probe(parquet, tmp_path / "two", "--epochs", 1, "--knn", 5, "--cached-features", processes=2)
+    downloaded = probe(parquet, tmp_path / "one", "--epochs", 1, "--knn", 5, "--no-streaming")
+    assert streamed["approximate"] and streamed["knn"] == downloaded["knn"]
+    assert streamed["train_images"] == downloaded["train_images"] == 25
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_143(labelled, tmp_path):

@@ -1,22 +1,22 @@
 """Parquet files read by row group: coverage, order, resuming, read-ahead. pytest tests/test_stream.py"""
 
-import contextlib
 import itertools
 import json
-import re
-import socket
-import struct
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
-import huggingface_hub
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
+from accelerate import Accelerator
 from conftest import run_script
+from hub import COMMIT, serving
 
-from moco.data import load_splits, sample_rows, train_batches, train_keys
+from moco.checkpoint import read_metrics
+from moco.data import load_splits, ordered_keys, sample_rows, split_rows, train_batches, train_keys
+from moco.encoder import build_encoder
 from moco.errors import UserError
+from moco.knn import extract_features
 from moco.shapes import draw_scene, encode_jpeg
 from moco.stream import ParquetImages, read_footer, read_footers, stream_keys
 
@@ -26,7 +26,8 @@ GROUPS = np.array([7, 10, 10, 3, 10, 10, 6, 10, 10, 10, 1, 10, 10, 4])  # rows: 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Three files of 25 images in row groups of 10, 10 and 5."""
-    root = tmp_path_factory.mktemp("parquet")
+    root = tmp_path_factory.mktemp("served") / "datasets" / "some" / "one"
+    root.mkdir(parents=True)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
     for file in range(3):
         scenes = [draw_scene("train", 25 * file + i) for i in range(25)]
@@ -118,6 +119,52 @@ def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(fold
     assert all(one.equal(other) for one, other in zip(plain, pixels(0, workers=0), strict=True))
 
 
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 4), (2, 3), (4, 5), (20, 2)])
+def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(folder, world, workers):
+    images, _ = load_splits(str(folder))
+    for rows in (range(75), [30, 31, 32, 5, 6, 70], []):
+        found, readers = {}, {}
+        for rank, (low, mine) in enumerate(split_rows(images, rows, world)):
+            for i, (first, batch, groups) in enumerate(ordered_keys(images, mine, 4, workers)):
+                found |= {low + first + j: row for j, row in enumerate(batch)}
+                assert set(images.groups_of(batch).tolist()) <= set(groups)
+                for group in groups:
+                    readers.setdefault(group, set()).add((rank, i % max(1, workers)))
+        assert [found[i] for i in range(len(rows))] == list(rows) and len(found) == len(rows)
+        assert all(len(reader) == 1 for reader in readers.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_of_a_stream_are_those_of_the_files_downloaded(folder, workers):
+    images, _ = load_splits(str(folder))
+    plain, _ = load_splits(str(folder), streaming=False)
+    encoder, rows = build_encoder("resnet10"), [30, 31, 32, 5, 6, 70, 71]
+    features, labels, _ = extract_features(encoder, images, rows, 32, workers, Accelerator(cpu=True))
+    expected, expected_labels, _ = extract_features(encoder, plain, rows, 32, 0, Accelerator(cpu=True))
+    torch.testing.assert_close(features, expected)
+    assert labels.equal(expected_labels)
+
+
+def test_selected_row_groups_are_a_stream_of_their_own(folder):
+    images, _ = load_splits(str(folder))
+    part = images.select_groups([4, 1])
+    assert len(part) == 20 and [part[i] for i in (0, 19)] == [images[i] for i in (10, 44)]
+    assert part.fingerprint() != images.fingerprint() and len(images) == 75
+
+
+def test_labels_are_told_by_the_footers(folder, tmp_path):
+    images, _ = load_splits(str(folder))
+    labels = [images[row]["label"] for row in range(75)]
+    assert images.label_range() == (0, max(labels))  # from 0 on, whatever the smallest
+    columns = {"image": [images[0]["image"]] * 4, "label": [5, None, 3, 9]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int32"))
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    assert load_splits(str(tmp_path))[0].label_range() == (-1, 9)
+    table = pq.read_table(tmp_path / "train.parquet")
+    pq.write_table(table, tmp_path / "train.parquet", write_statistics=False)
+    assert load_splits(str(tmp_path))[0].label_range() is None
+
+
 def test_what_is_no_parquet_file_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet" * 10)
     with pytest.raises(UserError, match="is no parquet file"):
@@ -152,76 +199,116 @@ def test_a_streamed_run_resumes_in_mid_epoch_and_with_other_workers_at_its_begin
 # ---- from a server
 
 
-@contextlib.contextmanager
-def resolving(folder, faults, monkeypatch):
-    """A server on loopback for the files of `folder` at the Hub's resolve addresses; yields the ranges asked for.
-
-    faults: consumed one a request: a status to answer with, "reset", "truncate", or None for none.
-    """
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self):
-            path = re.fullmatch(r"/datasets/some/one/resolve/abc/(.+)", self.path)
-            fault = 404  # the client asks for other things of its own accord
-            if path:
-                asked.append(self.headers["Range"])
-                fault = faults.pop(0) if faults else None
-            if isinstance(fault, int):
-                self.send_response(fault)
-                if fault in (401, 403):
-                    self.send_header("X-Error-Code", "GatedRepo")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            data = (folder / path[1]).read_bytes()
-            first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers["Range"]).groups()
-            start, end = (int(first), int(last) + 1) if first else (max(0, len(data) - int(last)), len(data))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
-            self.send_header("Content-Length", str(end - start))
-            self.end_headers()
-            body = data[start:end]
-            self.wfile.write(body[: len(body) // 2] if fault in ("reset", "truncate") else body)
-            self.close_connection = fault is not None
-            if fault == "reset":
-                self.wfile.flush()
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
-
-        def log_message(self, *values):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    template = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    try:
-        yield asked
-    finally:
-        server.shutdown()
-        server.server_close()
+@pytest.fixture
+def hub(folder):
+    """A server of the files of `folder` as the dataset some/one."""
+    with serving(folder.parents[2]) as server:
+        yield server
 
 
-@pytest.mark.parametrize("faults", [[], [500], [503, 429], ["reset"], ["truncate", 502]])
-def test_faults_of_the_server_change_nothing(folder, monkeypatch, faults):
+def assert_same_rows(hub, folder, faults):
+    """Read the whole of some/one, the footers and row groups of the last file with these faults."""
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
-    with resolving(folder, [], monkeypatch) as asked:
-        images = ParquetImages(paths, read_footers(paths), "image", "label")
-        assert len(asked) == 3  # a footer a request
+    footers = read_footers(paths[:2])
+    hub.faults = list(faults)
+    images = ParquetImages(paths, [*footers, read_footer(paths[2])], "image", "label")
     local, _ = load_splits(str(folder))
     assert images.fingerprint() == local.fingerprint()
-    with resolving(folder, list(faults), monkeypatch) as asked:
-        assert all(images[row] == local[row] for row in range(25))
-        assert len(asked) == 3 + len(faults)  # one request a row group, and one more a fault
+    assert [images[row] for row in range(75)] == [local[row] for row in range(75)]
+    assert not hub.faults and len(hub.file_requests()) == 3 + 9 + len([fault for fault in faults if fault])
+
+
+@pytest.mark.parametrize(
+    "faults", [[], [500], [None, 503, 429], ["503 Retry-After"], ["reset"], [None, "truncate", 502]]
+)
+def test_faults_of_the_server_change_nothing(hub, folder, monkeypatch, faults):
+    """One request a footer and a row group, and one more a fault."""
+    hub.here(monkeypatch)
+    assert_same_rows(hub, folder, faults)
+
+
+def test_a_connection_that_stalls_is_given_up_and_tried_again(hub, folder, monkeypatch):
+    hub.here(monkeypatch)
+    monkeypatch.setattr("moco.stream.TIMEOUT", 0.5)
+    assert_same_rows(hub, folder, ["stall", None, "stall"])
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_is_not_tried_again_and_says_what_to_do(folder, monkeypatch, status):
-    with resolving(folder, [status], monkeypatch) as asked:
-        with pytest.raises(UserError, match="accept the dataset's terms.*hf auth login"):
-            read_footer("hf://datasets/some/one@abc/train-0-of-3.parquet")
-        assert len(asked) == 1
+def test_a_refusal_is_not_tried_again_and_says_what_to_do(hub, monkeypatch, status):
+    hub.here(monkeypatch)
+    hub.faults = [status]
+    with pytest.raises(UserError, match="accept the dataset's terms.*hf auth login"):
+        read_footer("hf://datasets/some/one@abc/train-0-of-3.parquet")
+    assert len(hub.file_requests()) == 1
+
+
+def test_evaluation_asks_for_each_row_group_once(hub, folder, monkeypatch):
+    hub.here(monkeypatch)
+    paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
+    images = ParquetImages(paths, read_footers(paths), "image", "label")
+    hub.requests.clear()
+    extract_features(build_encoder("resnet10"), images, range(75), 32, 2, Accelerator(cpu=True))
+    asked = [(path, span) for method, path, span in hub.requests]
+    assert len(asked) == len(set(asked)) == 9
+
+
+RUN = [*"--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1".split()]
+RUN += ["--batch-size", 16, "--bn-batch", 8, "--workers", 1, "--shuffle-window", 20, "--epochs", 1]
+
+
+def run_of(hub, data, output, *flags, processes=1):
+    """train_moco.py as a user of the server would run it, with nothing in the caches."""
+    environment = {"HF_HOME": str(output / "huggingface")} | hub.environment
+    command = ("train_moco.py", "--data", data, "--output", output, *RUN, *flags)
+    return run_script(*command, processes=processes, **environment)
+
+
+def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, folder, tmp_path):
+    local = run_of(hub, folder, tmp_path / "local")
+    hub.faults = [503, None, "reset", None, None, 429, "truncate", None, "503 Retry-After", None, 500]
+    remote = run_of(hub, "some/one", tmp_path / "remote")
+    assert local.returncode == remote.returncode == 0, remote.stderr
+    assert not hub.faults
+    kept = ("step", "loss", "accuracy", "knn", "undecodable")
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("local", "remote")]
+    metrics = [[{key: line.get(key) for key in kept} for line in run] for run in lines]
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 5
+    revisions = {path.split("/")[5] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert revisions == {COMMIT}
+
+
+def test_a_gated_dataset_is_refused_in_one_line(hub, tmp_path):
+    hub.gated.add("some/one")
+    done = run_of(hub, "some/one", tmp_path)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2 and len(lines) == 1 and "terms" in lines[0] and "hf auth login" in lines[0]
+
+
+def test_other_files_on_the_hub_are_downloaded_and_this_is_said(tmp_path):
+    for index in range(20):
+        path = tmp_path / "datasets" / "some" / "pictures" / "train" / "ab"[index % 2] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_jpeg(draw_scene("train", index)[0]))
+    with serving(tmp_path) as hub:
+        done = run_of(hub, "some/pictures", tmp_path / "run", "--batch-size", 40)
+    assert done.stdout.count("some/pictures is not in parquet files: downloaded") == 1
+    assert done.returncode == 2 and "has 20 images, fewer than a batch of 40" in done.stderr  # so they were read
+
+
+def test_each_of_two_processes_reads_its_share_of_the_bytes(tmp_path):
+    """300 row groups; beyond its half a process reads the footers, a row group a boundary and some ahead."""
+    folder = tmp_path / "datasets" / "some" / "many"
+    folder.mkdir(parents=True)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=2))
+    rng = np.random.default_rng(0)
+    for file in range(2):
+        noise = rng.integers(0, 256, (450, 70, 90, 3), np.uint8)
+        images = [{"bytes": encode_jpeg(image), "path": None} for image in noise]
+        part = datasets.Dataset.from_dict({"image": images, "label": [0] * 450}, features=features)
+        part.to_parquet(folder / f"train-{file}.parquet", batch_size=3)
+    flags = ["--knn-every", 0, "--shuffle-window", 3, "--batch-size", 60, "--bn-batch", 30, "--workers", 0]
+    with serving(tmp_path) as hub:
+        done = run_of(hub, "some/many", tmp_path / "run", *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    share = sum(path.stat().st_size for path in folder.iterdir()) / 2
+    assert hub.sent["0"] == pytest.approx(share, rel=0.1) and hub.sent["1"] == pytest.approx(share, rel=0.1)
