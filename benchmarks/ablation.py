@@ -21,7 +21,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch.nn.functional as F
+from accelerate import Accelerator
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from moco.backbone import load_backbone
+from moco.data import decode_image, load_splits
+from moco.knn import extract_features
+from moco.report import save_neighbours
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cpu": 40, "gpu": 100}
@@ -118,6 +126,23 @@ def draw(path, rows, found, seeds):
     figure.savefig(path, dpi=110)
 
 
+def draw_neighbours(path, folders, arch, queries=8, count=5):
+    """Nearest test images of the first of each class, under the backbone of each row: {row: its run folder}."""
+    _, test_set = load_splits("shapes")
+    labels = test_set["label"]
+    asked = [labels.index(label) for label in range(queries)]
+    images = [decode_image(record) for record in test_set["image"]]
+    found = {}
+    for row, folder in folders.items():
+        backbone = load_backbone("random", arch) if row == "random" else load_backbone(folder)
+        rows = range(len(test_set))
+        features, _, _ = extract_features(backbone, test_set, rows, 32, 0, Accelerator(cpu=True))
+        features = F.normalize(features, dim=1)
+        nearest = (features[asked] @ features.T).topk(count + 1, dim=1).indices[:, 1:].tolist()  # without itself
+        found[row] = [[(images[i], labels[i] == labels[q]) for i in row] for q, row in zip(asked, nearest)]
+    save_neighbours(path, [images[q] for q in asked], found)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--size", choices=EPOCHS, default="cpu", help="[%(default)s]")
@@ -138,6 +163,12 @@ def main():
     print_table(rows, found, args.seeds)
     draw(output / f"{name}.png", rows, found, args.seeds)
     print(f"\n{output / f'{name}.png'}")
+    if not args.temperatures:
+        shown = [row for row in ("random", "v1", "v2", "SimCLR, batch 128") if row in rows]
+        of_first_seed = {row: folder for (row, _, seed), folder in zip(jobs, folders) if seed == args.seeds[0]}
+        arch = "resnet18" if args.size == "gpu" else "resnet10"
+        draw_neighbours(output / "neighbours.png", {row: of_first_seed[row] for row in shown}, arch)
+        print(output / "neighbours.png")
 
 
 if __name__ == "__main__":

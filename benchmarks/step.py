@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.contrast import KeyQueue, contrastive_logits
+from moco.contrast import KeyQueue, contrastive_logits, nt_xent_logits
 from moco.encoder import build_encoder, momentum_update
+from moco.schedule import LARS
 from moco.shuffle import encode_keys, shuffle_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,6 +122,24 @@ def our_step(args, precision, bn_batch):
     return step
 
 
+def end_to_end_step(args, precision):
+    """A function that takes SimCLR's step of train_moco.py: both views get gradients, so all activations stay."""
+    torch.manual_seed(0)
+    encoder = build_encoder(args.arch).to(DEVICE, memory_format=torch.channels_last)
+    optimizer = LARS(encoder.parameters(), 0.3, weight_decay=1e-6)
+    images = torch.randn(2 * args.batch, 3, args.size, args.size, device=DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def step():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            z = F.normalize(encoder(images).float(), dim=1)
+        F.cross_entropy(*nt_xent_logits(*z.chunk(2), 0.1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def variants(args):
     group = min(args.bn_batch, args.batch)
     return {
@@ -134,21 +153,20 @@ def variants(args):
 
 
 def peak_memory(name):
-    """MB that two steps of a variant add to the process, in a process of its own."""
+    """MB at most during two steps of a variant, in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def print_peak_memory(step):
-    """On a GPU of the allocator, on a CPU of the process, over what encoders and images take."""
+def measured_memory(step):
+    """MB at most during two steps: on a GPU of the allocator, on a CPU what they add to the process."""
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step(), step()
-        print(torch.cuda.max_memory_allocated() / 1e6)
-    else:
-        before = process_memory("VmRSS")
-        step(), step()
-        print(process_memory("VmHWM") - before)
+        return torch.cuda.max_memory_allocated() / 1e6
+    before = process_memory("VmRSS")
+    step(), step()
+    return process_memory("VmHWM") - before
 
 
 def process_memory(kind):
@@ -212,7 +230,7 @@ def main():
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        return print_peak_memory(variants(args)[args.memory_of]())
+        return print(measured_memory(variants(args)[args.memory_of]()))
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     print(
         f"{args.arch}, {args.size} pixels, batch {args.batch}, K {args.queue_size}, {where}, torch {torch.__version__}"

@@ -346,7 +346,7 @@ def convert(source, target, to, arch=None, encoder="query"):
         torch.save({"epoch": known.get("settings", {}).get("epochs", 0), "arch": arch, "state_dict": state}, target)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description="Convert a backbone, or publish one on the Hub.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("convert", description=convert.__doc__.split("\n\n")[0]).add_argument
@@ -359,7 +359,11 @@ def main():
     add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
     add("name", metavar="USER/NAME", help="the repository, created where it is not there")
     add("--private", action="store_true", help="create it for your eyes only")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     if args.command == "convert":
         convert(args.source, args.target, args.to, args.arch, args.encoder)
         print(f"{args.source} is now {args.target}")

@@ -103,3 +103,32 @@ def save_contact_sheet(path, columns=12):
         edge.set_visible(False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def save_neighbours(path, queries, found):
+    """The nearest neighbours of some images under several backbones: a row a query, a block of columns a backbone.
+
+    queries: images, (H, W, 3) arrays. found: {name of a backbone: for each query [(image, whether of its class), ...]}.
+    Neighbours of another class have a red frame.
+    """
+    columns = max(len(row) for rows in found.values() for row in rows)
+    widths = [1, *[0.4, *[1] * columns] * len(found)]
+    size = (0.55 * sum(widths), 0.6 * len(queries) + 0.5)
+    figure, axes = plt.subplots(len(queries), len(widths), figsize=size, width_ratios=widths, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for row, query in zip(axes, queries, strict=True):
+        row[0].imshow(query)
+    axes[0, 0].set_title("query", fontsize=9)
+    for block, (name, rows) in enumerate(found.items()):
+        first = 2 + block * (columns + 1)
+        axes[0, first].set_title(name, fontsize=9, loc="left")
+        for row, neighbours in zip(axes[:, first:], rows, strict=True):
+            for ax, (image, right) in zip(row, neighbours):
+                ax.imshow(image)
+                if not right:
+                    side = len(image)
+                    frame = (-0.5, -0.5), side, side
+                    ax.add_patch(plt.Rectangle(*frame, fill=False, edgecolor="red", linewidth=3))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,66 @@
+"""The papers' cost table: memory and hours of MoCo and of end-to-end training, at batch 256 and 4096, on this GPU.
+
+python benchmarks/cost.py                                                            ResNet-50, 224 pixels, bfloat16
+python benchmarks/cost.py --arch resnet10 --size 32 --batches 64 256 --images 6000   small, for a CPU
+
+MoCo takes a batch in BatchNorm groups of 32, so its memory is that of a group. What does not fit says so. Hours are for
+200 epochs of --images, from the median step without data loading.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.step import DEVICE, end_to_end_step, measured_memory, our_step, take_turns
+
+PAPER = {
+    ("MoCo", 256): "5.0 GB, 53 h",
+    ("end-to-end", 256): "7.4 GB, 65 h",
+    ("end-to-end", 4096): "93.0 GB (estimated)",
+}
+
+
+def measure(args, method, batch):
+    """Print "MB milliseconds" of one method's step, or "does not fit"."""
+    settings = SimpleNamespace(arch=args.arch, size=args.size, batch=batch, queue_size=args.queue_size)
+    try:
+        step = our_step(settings, "bf16", 32) if method == "MoCo" else end_to_end_step(settings, "bf16")
+        memory = measured_memory(step)
+        print(memory, take_turns({"step": step}, args.rounds)["step"])
+    except torch.OutOfMemoryError:
+        print("does not fit")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--size", type=int, default=224, help="pixels [%(default)s]")
+    parser.add_argument("--batches", type=int, nargs="+", default=[256, 4096])
+    parser.add_argument("--images", type=int, default=1_281_167, help="of an epoch [%(default)s]")
+    parser.add_argument("--queue-size", type=int, default=65536)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        return measure(args, args.only[0], int(args.only[1]))
+    print(f"{args.arch}, {args.size} pixels, bfloat16, {DEVICE}, torch {torch.__version__}")
+    print("| method | batch | memory, GB | hours for 200 epochs | in the paper, on 8 V100 |\n|---|---|---|---|---|")
+    for method in ("MoCo", "end-to-end"):
+        for batch in args.batches:
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", method, str(batch)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            memory, hours = "does not fit", ""
+            if done != "does not fit":
+                megabytes, milliseconds = map(float, done.split())
+                memory = f"{megabytes / 1000:.1f}"
+                hours = f"{200 * args.images / batch * milliseconds / 3.6e6:.1f}"
+            print(f"| {method} | {batch} | {memory} | {hours} | {PAPER.get((method, batch), '')} |")
+
+
+if __name__ == "__main__":
+    main()

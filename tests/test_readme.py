@@ -1,0 +1,58 @@
+"""Every command in the README names what is there, with flags that its script knows. pytest tests/test_readme.py"""
+
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+import torch.distributed.run
+from accelerate.commands.launch import launch_command_parser
+from conftest import ROOT
+
+from moco.errors import UserError
+
+
+def readme_commands():
+    """The commands of all bash blocks, each as its words, without comments and environment variables."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ").replace("$RANK", "1")
+    commands = [shlex.split(part) for line in text.splitlines() for part in line.split(" # ")[0].split("&&")]
+    return [words[1:] if re.match(r"[A-Z_]+=", words[0]) else words for words in commands if words]
+
+
+def parse(script, flags, monkeypatch):
+    """Let a script parse flags as far as it can without the run that they name."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    module = "moco.backbone" if script == "moco.backbone" else script.removesuffix(".py").replace("/", ".")
+    try:
+        importlib.import_module(module).parse_args()
+    except UserError as error:
+        assert "no complete checkpoint" in str(error), error
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_a_command_of_the_readme_parses(words, monkeypatch):
+    program, *rest = words
+    if program == "pip":
+        assert rest[:2] == ["install", "-r"] and (ROOT / rest[2]).exists()
+    elif program == "accelerate":
+        args = launch_command_parser().parse_args(rest[1:])
+        assert args.config_file is None or (ROOT / args.config_file).exists()
+        parse(args.training_script, args.training_script_args, monkeypatch)
+    elif program == "torchrun":
+        args = torch.distributed.run.get_args_parser().parse_args(rest)
+        parse(args.training_script, args.training_script_args, monkeypatch)
+    elif program == "python" and rest[0] == "-m":
+        parse(rest[1], rest[2:], monkeypatch)
+    elif program == "python" and rest[0].startswith("benchmarks/"):
+        assert (ROOT / rest[0]).exists()
+    elif program == "python":
+        parse(rest[0], rest[1:], monkeypatch)
+    else:
+        assert program == "pytest" and rest in ([], ["-m", "slow"])
+
+
+def test_the_readme_has_commands_for_every_script():
+    scripts = {word for words in readme_commands() for word in words if word.endswith(".py")}
+    assert {path.name for path in ROOT.glob("*.py")} <= scripts
