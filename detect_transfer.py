@@ -485,7 +485,7 @@ def main():
     if is_main:
         results = {"backbone": args.backbone, "arch": arch, "encoder": args.encoder, "backbone_sha256": digest}
         results |= {"data": args.data, "metric": data.metric, "classes": len(data.classes)}
-        results |= {"train_images": len(data.train), "test_images": len(data.test), "left_out": data.left_out}
+        results |= {"train_images": len(data.train), "test_images": len(data.test), "left_out": +data.left_out}
         results |= {"iterations": total_steps, "bn": args.bn, **headline(scores), **scores, "undecodable": len(named)}
         results |= {"settings": vars(args) | {"output": str(args.output)}} | provenance(world)
         write_json(args.output / "results.json", results)

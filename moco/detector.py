@@ -366,7 +366,9 @@ def mask_targets(target, boxes, indices):
     drawn = torch.zeros(len(boxes), POOLED, POOLED)
     for out, box, index in zip(drawn, boxes.double().cpu(), indices.tolist()):
         origin, sides = box[:2].numpy(), (box[2:] - box[:2]).clamp(min=0.1).numpy()
-        rings = [((ring - origin) / sides * POOLED).flatten().tolist() for ring in target["polygons"][index]]
+        rings = [
+            ((np.asarray(ring) - origin) / sides * POOLED).flatten().tolist() for ring in target["polygons"][index]
+        ]
         encoded = coco_mask.merge(coco_mask.frPyObjects(rings, POOLED, POOLED))
         out.copy_(torch.from_numpy(coco_mask.decode(encoded)))
     return drawn.to(boxes.device)

@@ -144,13 +144,13 @@ def annotated(image, boxes, labels, names, masks=None, side=360):
     colors = [plt.get_cmap("tab20")(int(label) % 20, bytes=True)[:3] for label in labels]
     colors = [tuple(map(int, color)) for color in colors]
     if not len(boxes):
-        return image.permute(1, 2, 0)
+        return image.permute(1, 2, 0).numpy()
     if masks is not None:
         image = draw_segmentation_masks(image, torch.from_numpy(masks), alpha=0.5, colors=colors)
     style = {"colors": colors, "width": 2, "fill_labels": True, "label_colors": "black"}
     font = {"font": f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", "font_size": max(image.shape[1:]) // 25}
     boxes = torch.from_numpy(np.asarray(boxes)) * scale
-    return draw_bounding_boxes(image, boxes, names, **style, **font).permute(1, 2, 0)
+    return draw_bounding_boxes(image, boxes, names, **style, **font).permute(1, 2, 0).numpy()
 
 
 def save_contact_sheet(path, columns=12):
