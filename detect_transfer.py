@@ -102,13 +102,20 @@ def parse_args():
     add = parser.add_argument_group("detector").add_argument
     add("--bn", choices=("sync", "frozen"), default="sync", help="sync: trained, over all processes [%(default)s]")
     add("--micro-batch", type=int, metavar="N", default=2, help="images a forward pass and process [%(default)s]")
-    add("--anchor-sizes", type=int, metavar="PIXELS", nargs="+", default=ANCHOR_SIZES, help="[32 64 128 256 512]")
+    add(
+        "--anchor-sizes",
+        type=int,
+        metavar="PIXELS",
+        nargs="+",
+        default=ANCHOR_SIZES,
+        help="sides of square anchors [32 64 128 256 512]",
+    )
     add("--roi-batch", type=int, metavar="N", default=512, help="regions an image to train on [%(default)s]")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iterations", type=int, metavar="N", help="[24000, COCO: as --schedule says]")
-    add("--schedule", choices=COCO_ITERATIONS, help="of COCO: 90000 or 180000 iterations [2x]")
-    add("--warmup", type=int, metavar="N", help="iterations of rising learning rate [100, COCO: 1000]")
-    add("--batch-size", type=int, metavar="N", default=16, help="images an iteration, all processes [%(default)s]")
+    add("--iterations", type=int, metavar="N", help="steps of SGD [24000, COCO: as --schedule says]")
+    add("--schedule", choices=COCO_ITERATIONS, help="of COCO: 90000 or 180000 steps [2x]")
+    add("--warmup", type=int, metavar="N", help="steps of rising learning rate [100, COCO: 1000]")
+    add("--batch-size", type=int, metavar="N", default=16, help="images a step, over all processes [%(default)s]")
     add("--lr", type=float, metavar="LR", default=0.02, help="/ 10 at 3/4 and 11/12, COCO: 2/3 and 8/9 [%(default)s]")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
     add("--seed", type=int, metavar="N", default=0, help="of new weights, order, sizes, flips, regions [%(default)s]")
