@@ -18,6 +18,8 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, run_script
 from folders import write_coco, write_voc
+from hub import TOKEN, serving
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -32,6 +34,7 @@ from moco.errors import one_line_errors
 from moco.publish import prepare_folder
 from moco.schedule import warmup_step_rate
 
+KEYS = ("AP", "AP50", "AP75")
 TIMES = {"images_per_second", "data_seconds", "data_share"}  # what two runs of the same numbers differ in
 SMALL = (
     "--backbone random --arch resnet10 --image-size 48 64 --anchor-sizes 16 32 --roi-batch 8 --batch-size 4"
@@ -140,15 +143,39 @@ def test_what_a_run_leaves(devkit, uninterrupted):
         assert min(Image.open(uninterrupted / name).size) > 300
 
 
-def test_evaluate_gives_the_results_again(uninterrupted, tmp_path):
+def test_evaluate_gives_the_results_again_and_publishes_them(uninterrupted, tmp_path, monkeypatch):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "results.json").read_text())
     (tmp_path / "run" / "results.json").unlink()
-    done = run_here("detect_transfer.py", "--output", tmp_path / "run", "--evaluate")
-    assert done.returncode == 0, done.stderr
+    with serving(tmp_path / "hub") as hub:
+        hub.here(monkeypatch, TOKEN)
+        done = run_here("detect_transfer.py", "--output", tmp_path / "run", "--evaluate", "--push-to-hub", "user/name")
+        assert done.returncode == 0, done.stderr
+        sent = hub.files("models", "user/name")
     after = json.loads((tmp_path / "run" / "results.json").read_text())
     assert after["voc2007"] == before["voc2007"] and after["iterations"] == 6
     assert metrics_of(tmp_path / "run") == metrics_of(uninterrupted)
+    assert "curves.png" not in sent  # the backbone's own, which a random one has not
+    assert_card(sent["README.md"].read_text(), after)
+
+
+def assert_card(card, results):
+    assert f"| VOC2007, 11 points | {results['AP']:.2f} | {results['AP50']:.2f} | {results['AP75']:.2f} |" in card
+    measured = [result for result in ModelCard(card).data.eval_results if result.task_type == "object-detection"]
+    assert [r.metric_value for r in measured if "11 points" in r.metric_name] == [results[k] for k in KEYS]
+    assert str(ROOT) not in card and "/VOCdevkit" not in card
+
+
+def test_the_card_of_the_backbones_own_run_has_them_too(uninterrupted, tmp_path):
+    backbone = load_backbone("random", "resnet10")
+    save_backbone(tmp_path / "run" / "backbone", backbone, "resnet10", 32, "moco_v2", {"arch": "resnet10"})
+    shutil.copytree(uninterrupted, tmp_path / "run" / "detection")
+    card = (prepare_folder(tmp_path / "run", "user/name") / "README.md").read_text()
+    assert_card(card, json.loads((uninterrupted / "results.json").read_text()))
+    backbone.conv1.weight.data += 1
+    save_backbone(tmp_path / "run" / "backbone", backbone, "resnet10", 32, "moco_v2", {"arch": "resnet10"})
+    card = (prepare_folder(tmp_path / "run", "user/name") / "README.md").read_text()
+    assert "Not evaluated." in card  # the numbers are of other weights
 
 
 # ---- one process and two
@@ -209,7 +236,7 @@ def test_precise_statistics_are_those_of_a_slow_loop():
             assert network[i].running_var[c].item() == pytest.approx(var, rel=1e-5)
 
 
-# ---- COCO, the optimizer, publishing
+# ---- COCO, the optimizer, the defaults
 
 
 def test_a_coco_folder_trains_masks_and_measures_both(tmp_path):
@@ -253,17 +280,6 @@ def test_defaults_are_the_references(monkeypatch, tmp_path, data, schedule, iter
     assert (args.iterations, args.warmup, args.image_size[0], args.image_size[-1]) == (iterations, warmup, *sizes)
     assert (args.batch_size, args.micro_batch, args.lr, args.roi_batch, args.bn) == (16, 2, 0.02, 512, "sync")
     assert tuple(args.anchor_sizes) == (32, 64, 128, 256, 512) and args.arch == "resnet50"
-
-
-def test_the_card_takes_the_numbers_in(uninterrupted, tmp_path):
-    backbone = load_backbone("random", "resnet10")
-    save_backbone(tmp_path / "run" / "backbone", backbone, "resnet10", 32, "moco_v2", {"arch": "resnet10"})
-    shutil.copytree(uninterrupted, tmp_path / "run" / "detection")
-
-    card = (prepare_folder(tmp_path / "run", "user/name") / "README.md").read_text()
-    results = json.loads((uninterrupted / "results.json").read_text())
-    assert f"| VOC2007, 11 points | {results['AP']:.2f} | {results['AP50']:.2f} | {results['AP75']:.2f} |" in card
-    assert "type: object-detection" in card and str(ROOT) not in card and "/VOCdevkit" not in card
 
 
 # ---- mistakes

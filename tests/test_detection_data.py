@@ -13,6 +13,7 @@ import torch
 from folders import HEIGHT, SIZE, scenes, write_coco, write_hub, write_voc
 
 from moco.coco import decode_masks, encode_masks
+from moco.detector import mask_targets
 from moco.errors import UserError
 from moco.voc import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection
 
@@ -98,6 +99,15 @@ def test_boxes_and_polygons_follow_size_and_flip(tmp_path, flipped):
             np.testing.assert_allclose([*ring.min(axis=0), *ring.max(axis=0)], box, atol=0.5)
             return
     raise AssertionError("50 iterations without one that is flipped, or one that is not")
+
+
+def test_mask_targets_are_the_polygon_as_each_region_sees_it():
+    """A square of 28 pixels: whole in its own box, its right half in a region that begins in its middle."""
+    ring = np.array([[10, 10], [38, 10], [38, 38], [10, 38]], np.float32)
+    boxes = torch.tensor([[10.0, 10, 38, 38], [24, 10, 52, 38], [60, 60, 88, 88]])
+    drawn = mask_targets({"polygons": [[ring]]}, boxes, torch.zeros(3, dtype=torch.long))
+    assert drawn[0].eq(1).all() and drawn[2].eq(0).all()
+    assert drawn[1, :, :7].eq(1).all() and drawn[1, :, 7:].eq(0).all()
 
 
 # ---- what is wrong with them: refused with a line, or counted
