@@ -200,6 +200,15 @@ def test_frozen_one_process_with_accumulation_takes_the_steps_of_two(devkit, tmp
         assert value.equal(tensors["detector"][name if "roi" in name else f"backbone.{name}"])
 
 
+@pytest.mark.slow
+def test_two_processes_that_train_batchnorm_end_with_one_detector(devkit, tmp_path):
+    """Each normalises its own images on CPUs; their statistics are averaged, so that all are equal in checkpoints."""
+    transfer(devkit, tmp_path / "run", "--iterations", 3, "--checkpoint-every", 1, "--workers", 1, processes=2)
+    tensors, state = final_state(tmp_path / "run")
+    assert state["step"] == 3 and all(value.isfinite().all() for value in tensors["detector"].values())
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
+
+
 def test_two_processes_count_each_of_an_uneven_number_of_images_once(tmp_path):
     """And PreciseBN is over the inputs of both, as a slow loop has it."""
     done = run_script("tests/two_processes.py", tmp_path / "process", processes=2)
