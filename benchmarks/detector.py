@@ -11,7 +11,9 @@ as many samples a bin as ours. The two take turns, so that whatever else the mac
 import argparse
 import copy
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,6 +25,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.backbone import load_backbone
 from moco.detector import POOLED, C4Body, Normalize, build_detector, out_channels
 
