@@ -139,18 +139,20 @@ def save_detections(path, records, predictions, classes, images=6, threshold=0.5
 
 def annotated(image, boxes, labels, names, masks=None, side=360):
     """(H, W, 3) uint8 with boxes (n, 4), named, and masks (n, H, W), enlarged to about `side` if smaller."""
+    drawn = torch.from_numpy(image).permute(2, 0, 1)
+    good = (boxes[:, 2:] >= boxes[:, :2]).all(axis=1)  # annotations hold others, which cannot be drawn
+    colors = [tuple(map(int, plt.get_cmap("tab20")(label % 20, bytes=True)[:3])) for label in labels[good].tolist()]
+    if colors and masks is not None and masks.shape[1:] == image.shape[:2]:
+        drawn = draw_segmentation_masks(drawn, torch.from_numpy(masks[good]), alpha=0.5, colors=colors)
     scale = max(1, round(side / max(image.shape[:2])))
-    image = torch.from_numpy(image).permute(2, 0, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    colors = [plt.get_cmap("tab20")(int(label) % 20, bytes=True)[:3] for label in labels]
-    colors = [tuple(map(int, color)) for color in colors]
-    if not len(boxes):
-        return image.permute(1, 2, 0).numpy()
-    if masks is not None:
-        image = draw_segmentation_masks(image, torch.from_numpy(masks), alpha=0.5, colors=colors)
-    style = {"colors": colors, "width": 2, "fill_labels": True, "label_colors": "black"}
-    font = {"font": f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", "font_size": max(image.shape[1:]) // 25}
-    boxes = torch.from_numpy(np.asarray(boxes)) * scale
-    return draw_bounding_boxes(image, boxes, names, **style, **font).permute(1, 2, 0).numpy()
+    drawn = drawn.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    if colors:
+        names = [name for name, take in zip(names, good) if take]
+        font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+        style = {"colors": colors, "width": 2, "fill_labels": True, "label_colors": "black"}
+        style |= {"font": font, "font_size": max(drawn.shape[1:]) // 25}
+        drawn = draw_bounding_boxes(drawn, torch.from_numpy(boxes[good] * scale), names, **style)
+    return drawn.permute(1, 2, 0).numpy()
 
 
 def save_contact_sheet(path, columns=12):
