@@ -63,7 +63,7 @@ SHAPES = {
 MILESTONES = {"VOC": (3 / 4, 11 / 12), "COCO": (2 / 3, 8 / 9)}  # of the iterations, where the learning rate is / 10
 LONGEST = 1333  # pixels: INPUT.MAX_SIZE
 SGD = {"momentum": 0.9, "weight_decay": 1e-4}
-PRECISE_ITERATIONS = 200  # TEST.PRECISE_BN.NUM_ITER
+PRECISE_ITERATIONS = 200  # TEST.PRECISE_BN.NUM_ITER; of small data an epoch
 # What a resumed run may change; everything else is what its numbers depend on.
 FREE_ON_RESUME = {
     "output", "resume", "evaluate", "workers", "keep", "checkpoint_every", "evaluate_every", "push_to_hub",
