@@ -55,7 +55,7 @@ from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor
 from moco.publish import push_backbone
 from moco.report import save_curves, save_views
-from moco.run import check_limits, check_output, check_unchanged, finish
+from moco.run import check_limits, check_output, check_unchanged, fast_bf16, finish
 from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
 
@@ -217,13 +217,6 @@ def check_args(args, processes):
             f" --bn-batch {args.batch_size // processes}"
         )
     check_output(args.output, args.resume)
-
-
-def fast_bf16():
-    """Whether bfloat16 makes this machine faster: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def print_settings(args, images, processes, groups, candidates):

@@ -436,13 +436,14 @@ def center_crop(image, size):
 # ---- what could not be decoded
 
 
-def name_undecodable(failed, named, accelerator):
+def name_undecodable(failed, named, accelerator, instead="its neighbour takes its place"):
     """Print each undecodable image once, on the main process. All processes call it together.
 
-    failed: this process's [(name, reason), ...]. named: the set of names printed before, which grows.
+    failed: this process's [(name, reason), ...]. named: the set of names printed before, which grows. instead: what
+    becomes of it.
     """
     for name, reason in gather_object(failed):
         if name not in named:
             named.add(name)
             if accelerator.is_main_process:
-                tqdm.write(f"cannot decode {name} ({reason}): its neighbour takes its place", file=sys.stderr)
+                tqdm.write(f"cannot decode {name} ({reason}): {instead}", file=sys.stderr)

@@ -6,8 +6,10 @@ overridden here names the setting of detectron2's configuration that torchvision
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -16,8 +18,11 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.resnet import ResNet
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, roi_align
+from tqdm import tqdm
 
 from moco.augment import MEAN, STD
+from moco.coco import encode_masks
+from moco.data import loader
 from moco.errors import UserError
 
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # pixels
@@ -361,13 +366,48 @@ def mask_targets(target, boxes, indices):
     drawn = torch.zeros(len(boxes), POOLED, POOLED)
     for out, box, index in zip(drawn, boxes.double().cpu(), indices.tolist()):
         origin, sides = box[:2].numpy(), (box[2:] - box[:2]).clamp(min=0.1).numpy()
-        rings = [((ring - origin) / sides * POOLED).flatten().tolist() for ring in target["polygons"][index]]
+        rings = [
+            ((np.asarray(ring) - origin) / sides * POOLED).flatten().tolist() for ring in target["polygons"][index]
+        ]
         encoded = coco_mask.merge(coco_mask.frPyObjects(rings, POOLED, POOLED))
         out.copy_(torch.from_numpy(coco_mask.decode(encoded)))
     return drawn.to(boxes.device)
 
 
 # ---- detections at the image's own size
+
+
+@torch.no_grad()
+def detect(detector, images, workers, accelerator):
+    """What the detector finds in each image, in their order, on every process; the processes share the images out.
+
+    images: DetectionImages without a seed, one to a forward pass, so that none depends on others or their padding.
+    Returns for each {"boxes" (n, 4), "labels" (n,) from 0, "scores" (n,)} arrays, and "masks", n run-length encoded;
+    an image that cannot be decoded has no detections. Also this process's undecodable images as (name, reason).
+    """
+    detector.eval()
+    mine = range(accelerator.process_index, len(images.records), accelerator.num_processes)
+    batches = loader(images, [[(0, index)] for index in mine], workers)
+    found, undecodable = [], []
+    for [(image, target)], failed in tqdm(batches, "detect", leave=False, disable=not accelerator.is_main_process):
+        record = images.records[target["index"]]
+        found.append((target["index"], detect_one(detector, image, (record["height"], record["width"]), accelerator)))
+        undecodable += failed
+    found = dict(gather_object(found))
+    return [found[index] for index in range(len(images.records))], undecodable
+
+
+def detect_one(detector, image, size, accelerator):
+    """The detections of one image (3, h, w), or of None, at `size` = (height, width)."""
+    if image is None:
+        empty = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64), "scores": np.zeros(0)}
+        return empty | ({"masks": []} if detector.roi_heads.has_mask() else {})
+    with accelerator.autocast():
+        [detections] = detector([image.to(accelerator.device)])
+    detections = rescale(detections, image.shape[-2:], size)
+    masks = {"masks": encode_masks(detections.pop("masks"))} if "masks" in detections else {}
+    arrays = {key: values.cpu().numpy() for key, values in detections.items()}
+    return arrays | {"labels": arrays["labels"] - 1} | masks  # the detector counts from 1, as 0 is the background
 
 
 def rescale(detections, network_size, output_size):
@@ -405,6 +445,11 @@ def paste_masks(masks, boxes, size):
 # ---- BatchNorm statistics for evaluation
 
 
+def batch_norms(module):
+    """Every BatchNorm in `module` that is not frozen."""
+    return [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+
+
 @torch.no_grad()
 def precise_statistics(module, forward_passes, accelerator):
     """Set each BatchNorm's running statistics to the mean and population variance of all its inputs in these passes.
@@ -413,7 +458,7 @@ def precise_statistics(module, forward_passes, accelerator):
     equally many. The statistics of training itself are a moving average over few images a step, of weights that were
     still changing: in evaluation they cost AP, so the reference computes them anew (TEST.PRECISE_BN).
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(module)
     if not norms:
         return
     momenta, counts = [norm.momentum for norm in norms], {}

@@ -17,6 +17,12 @@ PAPERS = {
     "v2": "MoCo v2 ([arXiv:2003.04297](https://arxiv.org/abs/2003.04297))",
     "simclr": "SimCLR ([arXiv:2002.05709](https://arxiv.org/abs/2002.05709))",
 }
+AP_RULES = {
+    "voc2007": "VOC2007, 11 points",
+    "area": "VOC, area under the curve",
+    "box": "COCO, box",
+    "mask": "COCO, mask",
+}
 
 
 def push_backbone(run, name, private=False):
@@ -57,7 +63,7 @@ def prepare_folder(run, name):
             f"{run} has no backbone to push: {folder} lacks {' or '.join(PUBLISHED[:2])}, which train_moco.py writes at"
             " the end of a run and `python -m moco.backbone convert --to timm` of other weights"
         )
-    if (run / "curves.png").exists() and folder != run:
+    if (run / "curves.png").exists() and folder != run and not (run / "detections.png").exists():  # of pre-training
         shutil.copy(run / "curves.png", folder)
     config = json.loads((folder / "config.json").read_text())
     results = find_results(run, weights_digest(load_file(folder / "model.safetensors")))
@@ -66,19 +72,21 @@ def prepare_folder(run, name):
 
 
 def find_results(run, digest):
-    """results.json of linear_probe.py for exactly the weights of this digest, or None."""
-    for path in (run / "results.json", run / "linear_probe" / "results.json"):
-        if path.exists():
-            results = json.loads(path.read_text())
-            if results["backbone_sha256"] == digest:
-                return results
-    return None
+    """What linear_probe.py and detect_transfer.py left in results.json of exactly the weights of this digest: a list.
+
+    run: the run folder of the pre-training, or one of theirs in it.
+    """
+    names = ("linear_probe", "detection")
+    folders = [run, *(folder / name for folder in (run, run.parent) for name in names)]
+    paths = dict.fromkeys(folder.resolve() / "results.json" for folder in folders)
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [results for results in found if results["backbone_sha256"] == digest]
 
 
 def model_card(config, results, name, with_curves):
     """The text of README.md: front matter, how to load, how it was trained, and what was measured.
 
-    config: of config.json. results: of results.json, or None. name: USER/NAME. with_curves: whether to show curves.png.
+    config: of config.json. results: a list of results.json. name: USER/NAME. with_curves: whether to show curves.png.
     """
     settings = config["moco"]
     small = settings.get("stem") == "small"  # of which timm, and so transformers, knows nothing
@@ -90,7 +98,7 @@ def model_card(config, results, name, with_curves):
         datasets=[settings["data"]] if settings.get("data_on_hub") else None,
         metrics=["accuracy"],
         model_name=name.split("/")[-1],
-        eval_results=evaluations(results) if results else None,
+        eval_results=sum(map(evaluations, results), []) or None,
     )
     how = PAPERS[settings["recipe"].split("-")[0]] if settings.get("recipe") else "imported from elsewhere"
     size = config["pretrained_cfg"]["input_size"][-1]
@@ -105,24 +113,36 @@ def model_card(config, results, name, with_curves):
         training(settings),
         "![loss, contrast accuracy, kNN accuracy and learning rate](curves.png)\n" if with_curves else "",
         "## Results\n",
-        results_table(results) if results else "Not evaluated.\n",
+        *(map(results_table, results) if results else ["Not evaluated.\n"]),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def evaluations(results):
-    """Linear-probe and kNN accuracy in the form of the Hub's model-index."""
-    hub_name = "/" in results["data"]
-    dataset = {"dataset_type": results["data"] if hub_name else "image-folder", "dataset_name": results["data"]}
-    measured = [("accuracy", f"{label} top-1", row["top1"]) for label, row in measurements(results)]
+    """One results.json in the form of the Hub's model-index."""
+    if "AP" in results:
+        task = {"task_type": "object-detection", "dataset_type": results["metric"].lower()}
+        task["dataset_name"] = Path(results["data"]).name
+        measured = [
+            (key, f"{label} {key}", row[key]) for label, row in measurements(results) for key in ("AP", "AP50", "AP75")
+        ]
+    else:
+        hub_name = "/" in results["data"]
+        task = {"task_type": "image-classification", "dataset_name": results["data"]}
+        task["dataset_type"] = results["data"] if hub_name else "image-folder"
+        measured = [("accuracy", f"{label} top-1", row["top1"]) for label, row in measurements(results)]
     return [
-        EvalResult(task_type="image-classification", metric_type=kind, metric_name=label, metric_value=value, **dataset)
-        for kind, label, value in measured
+        EvalResult(metric_type=kind, metric_name=label, metric_value=value, **task) for kind, label, value in measured
     ]
 
 
 def measurements(results):
-    """[(what was measured, {"top1", "top5"} in percent)], the chosen classifier alone where several were trained."""
+    """[(what was measured, {"top1", "top5"} or {"AP", "AP50", "AP75"} in percent)] of one results.json.
+
+    Of several classifiers the chosen one alone.
+    """
+    if "AP" in results:
+        return [(label, results[rule]) for rule, label in AP_RULES.items() if rule in results]
     rows = []
     if "top1" in results:
         note = " on cached features (approximate)" if results["approximate"] else ""
@@ -131,6 +151,19 @@ def measurements(results):
 
 
 def results_table(results):
+    if "AP" in results:
+        lines = [
+            f"Fine-tuned as a {'Mask' if 'mask' in results else 'Faster'} R-CNN C4 for {results['iterations']}"
+            f" iterations on {results['train_images']} images of `{Path(results['data']).name}`, on its"
+            f" {results['test_images']} test images:\n",
+            "| | AP, % | AP50, % | AP75, % |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {label} | {row['AP']:.2f} | {row['AP50']:.2f} | {row['AP75']:.2f} |"
+            for label, row in measurements(results)
+        ]
+        return "\n".join(lines) + "\n"
     lines = [
         f"On the {results['validation_images']} validation images of `{results['data']}`, {results['classes']} classes,"
         " the backbone frozen:\n",

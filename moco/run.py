@@ -3,6 +3,8 @@
 import sys
 import tempfile
 
+import torch
+
 from moco.checkpoint import complete_checkpoints
 from moco.errors import UserError
 
@@ -44,6 +46,13 @@ def check_unchanged(output, values, saved, free):
                 f"{as_flag(name, values[name])} cannot resume {output}, which has {as_flag(name, saved[name])};"
                 " leave the flag out, or start a new run with another --output"
             )
+
+
+def fast_bf16():
+    """Whether bfloat16 makes this machine faster: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def finish(accelerator, code, message):

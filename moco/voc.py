@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from moco.coco import evaluate_coco
 from moco.data import UNDECODABLE, check_hub_name, decode_image
 from moco.errors import UserError, first_line
 from moco.shapes import CLASSES as SHAPES_CLASSES
@@ -27,18 +28,22 @@ VOC_CLASSES = (
     "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person,"
     " pottedplant, sheep, sofa, train, tvmonitor"
 ).split(", ")
-SCENES = {"train": 1200, "test": 300}  # images of the built-in detection set
+SCENES = {"train": 400, "test": 200}  # images of the built-in detection set
 SCENE_SIZE, SCENE_OBJECTS = 96, 4  # pixels a side; objects in an image, at most
 
 
 class DetectionData(NamedTuple):
-    """What `load_detection` returns. metric: "voc" or "coco". left_out: {what: how many}, to be reported."""
+    """What `load_detection` returns. metric: "VOC" or "COCO". left_out: {what: how many}, to be reported.
+
+    annotations: the file that COCO's metric reads.
+    """
 
     train: list
     test: list
     classes: list
     metric: str
     left_out: Counter
+    annotations: Path | None = None
 
 
 # ---- a name -> records
@@ -54,22 +59,28 @@ def load_detection(name, years=("2007", "2012"), box_format="xywh"):
     """
     folder, left_out = Path(name), Counter()
     if name == "shapes":
-        return DetectionData(scene_records("train"), scene_records("test"), list(SHAPES_CLASSES), "voc", left_out)
-    if (folder / "annotations").is_dir():
+        return DetectionData(scene_records("train"), scene_records("test"), list(SHAPES_CLASSES), "VOC", left_out)
+    if is_coco(name):
         train, classes = coco_records(folder, "train2017", left_out)
         test, test_classes = coco_records(folder, "val2017", Counter())
         if test_classes != classes:
             raise UserError(
                 f"--data {name}: the categories of train2017 and val2017 differ; both need the same file set"
             )
-        return DetectionData(trainable(train, name, left_out), test, classes, "coco", left_out)
+        annotations = folder / "annotations" / "instances_val2017.json"
+        return DetectionData(trainable(train, name, left_out), test, classes, "COCO", left_out, annotations)
     devkit = folder / "VOCdevkit" if (folder / "VOCdevkit").is_dir() else folder
     if any(devkit.glob("VOC20*")):
         train = [record for year in years for record in voc_records(devkit, year, "trainval", left_out)]
         test = voc_records(devkit, "2007", "test", Counter())
-        return DetectionData(trainable(train, name, left_out), test, VOC_CLASSES, "voc", left_out)
+        return DetectionData(trainable(train, name, left_out), test, VOC_CLASSES, "VOC", left_out)
     train, test, classes = hub_records(name, box_format, left_out)
-    return DetectionData(trainable(train, name, left_out), test, classes, "voc", left_out)
+    return DetectionData(trainable(train, name, left_out), test, classes, "VOC", left_out)
+
+
+def is_coco(name):
+    """Whether `name` is a COCO folder."""
+    return (Path(name) / "annotations").is_dir()
 
 
 def trainable(records, name, left_out):
@@ -377,7 +388,21 @@ def micro_batch_keys(portrait, batch_size, micro_batch, seed, start, rank, world
         iteration += 1
 
 
-# ---- the VOC metric
+# ---- metrics
+
+
+def evaluate_detections(data, predictions):
+    """Every score of the predictions for `data.test`, in percent, the one to be compared by first.
+
+    data: of `load_detection`. predictions: of `moco.detector.detect`. Returns {"voc2007" (11 points), "area"}, or for
+    COCO {"box", "mask"}, each a dict of "AP", "AP50", "AP75", "per_class" ...
+    """
+    if data.metric == "COCO":
+        return evaluate_coco(data.annotations, [record["id"] for record in data.test], predictions)
+    return {
+        rule: evaluate_voc(predictions, data.test, data.classes, use_07_metric=rule == "voc2007")
+        for rule in ("voc2007", "area")
+    }
 
 
 def evaluate_voc(predictions, targets, classes, use_07_metric=True):
