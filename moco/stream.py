@@ -4,6 +4,7 @@ The plan is a function of (seed, epoch): a permutation of all row groups, cut at
 worker of each process, and each part into windows of some hundred rows that are shuffled. So every process takes
 equally many steps and reads its share, each image at most once an epoch, and a run resumes at any step by skipping
 windows unread. What `datasets` streams by itself gives none of these for file counts that the processes do not divide.
+Evaluation reads in order instead: each worker of each process some row groups that lie together, none of them twice.
 
 A worker holds the row groups of its window and of the next, which it reads ahead: about
 2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups where these are larger.

@@ -1,4 +1,4 @@
-"""What several test files share: the folder of golden numbers, and running a script as a user would."""
+"""What several test files share: the folder of golden numbers, parquet files, and running a script as a user would."""
 
 import os
 import signal
