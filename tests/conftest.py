@@ -8,10 +8,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from moco.checkpoint import read_metrics
+from moco.shapes import draw_scene, encode_jpeg
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -60,3 +62,14 @@ def wait_for_step(process, output, step):
             return
         time.sleep(0.01)
     raise AssertionError(f"ended before step {step}: {process.stderr.read()}")
+
+
+def write_parquet(path, split, numbers, rows):
+    """A parquet file of the built-in images `numbers` of a split, with their classes, in row groups of `rows`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    scenes = [draw_scene(split, number) for number in numbers]
+    images = [{"bytes": encode_jpeg(image), "path": f"{number}.jpg"} for number, (image, _, _) in zip(numbers, scenes)]
+    labels = [int(labels[0]) for _, labels, _ in scenes]
+    part = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    part.to_parquet(path, batch_size=rows)

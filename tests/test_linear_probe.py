@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import run_script, start_script, wait_for_step
+from conftest import run_script, start_script, wait_for_step, write_parquet
 from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
@@ -139,19 +139,6 @@ def test_one_and_two_processes_give_the_same_top1_and_a_resumed_run_the_same_cla
     assert all(value.equal(expected[key]) for key, value in weights.items())
 
 
-def write_parquet(folder, train, test):
-    """Files of 25 training images and of test images. train, test: the rows of their row groups."""
-    folder.mkdir()
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
-    for split, groups, count in (("train", train, 25), ("test", test, 13)):
-        for file, rows in enumerate(groups):
-            numbers = range(count * file, count * file + count)
-            images = [{"bytes": encode_jpeg(draw_scene(split, i)[0]), "path": f"{i}.jpg"} for i in numbers]
-            part = datasets.Dataset.from_dict({"image": images, "label": [i % 3 for i in numbers]}, features=features)
-            part.to_parquet(folder / f"{split}-{file}.parquet", batch_size=rows)
-    return folder
-
-
 def test_classes_of_a_stream_are_told_without_reading_it(tmp_path):
     def stream(labels, feature, statistics=True):
         features = datasets.Features(image=datasets.Image(), label=feature)
@@ -177,11 +164,14 @@ def test_classes_of_a_stream_are_told_without_reading_it(tmp_path):
 @pytest.mark.slow
 def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path):
     """The test images are one row group, so of two processes one has none."""
-    parquet = write_parquet(tmp_path / "data", train=[10, 10, 10], test=[13])
+    parquet = tmp_path / "data"
+    for file in range(3):
+        write_parquet(parquet / f"train-{file}.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
+    write_parquet(parquet / "test-0.parquet", "test", range(13), rows=13)
     flags = ["--lr", 1, 3, "--knn", 1, 5, "--epochs", 2, "--shuffle-window", 20, "--checkpoint-every", 2, "--keep", 9]
     checkpoints = tmp_path / "run" / "checkpoints"
     whole = probe(parquet, tmp_path / "run", *flags)
-    assert whole["classes"] == 3 and whole["validation_images"] == 13
+    assert whole["classes"] == 10 and whole["validation_images"] == 13
     assert whole["train_images"] + whole["held_out_images"] == 75 and 7 <= whole["held_out_images"] <= 15
     assert whole["steps"] == 6
     weights = (checkpoints / "step_6" / "classifiers.safetensors").read_bytes()
@@ -204,7 +194,9 @@ def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path
 
 def test_the_features_of_one_row_group_are_cached_and_searched_by_two_processes(tmp_path):
     """One has no image, neither of training nor of the test; kNN is that of one process that downloads."""
-    parquet = write_parquet(tmp_path / "data", train=[25], test=[13])
+    parquet = tmp_path / "data"
+    write_parquet(parquet / "train-0.parquet", "train", range(25), rows=25)
+    write_parquet(parquet / "test-0.parquet", "test", range(13), rows=13)
     streamed = probe(parquet, tmp_path / "two", "--epochs", 1, "--knn", 5, "--cached-features", processes=2)
     downloaded = probe(parquet, tmp_path / "one", "--epochs", 1, "--knn", 5, "--no-streaming")
     assert streamed["approximate"] and streamed["knn"] == downloaded["knn"]

@@ -6,13 +6,10 @@ pytest -m slow tests/test_machines.py
 import socket
 from contextlib import suppress
 
-import datasets
 import psutil
 import pytest
-from conftest import start_script, wait_for_step
+from conftest import start_script, wait_for_step, write_parquet
 from test_train import assert_same_run
-
-from moco.shapes import draw_scene, encode_jpeg
 
 pytestmark = pytest.mark.slow
 
@@ -24,13 +21,8 @@ RUN += "--batch-size 16 --bn-batch 8 --workers 1 --shuffle-window 20 --checkpoin
 def parquet(tmp_path_factory):
     """Three files of 25 images in row groups of 10, 10 and 5: four steps an epoch."""
     root = tmp_path_factory.mktemp("parquet")
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
     for file in range(3):
-        scenes = [draw_scene("train", 25 * file + i) for i in range(25)]
-        columns = {"image": [{"bytes": encode_jpeg(image), "path": None} for image, _, _ in scenes]}
-        columns["label"] = [int(labels[0]) for _, labels, _ in scenes]
-        part = datasets.Dataset.from_dict(columns, features=features)
-        part.to_parquet(root / f"train-{file}-of-3.parquet", batch_size=10)
+        write_parquet(root / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
     return root
 
 
