@@ -6,12 +6,7 @@ accelerate launch detect_transfer.py --data COCO --backbone USER/NAME           
 accelerate launch detect_transfer.py --output RUN --resume                       go on where RUN stopped
 """
 
-import argparse
-import json
 import math
-import os
-import re
-import shutil
 import signal
 import time
 import warnings
@@ -26,8 +21,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from tqdm import tqdm
 
-from moco.backbone import fitting_arch, load_backbone, read_backbone, save_backbone
+from moco.backbone import fitting_arch, load_backbone, push_loaded
 from moco.checkpoint import (
+    append_metrics,
     check_equal_state,
     complete_checkpoints,
     load_checkpoint,
@@ -45,9 +41,18 @@ from moco.data import MAX_UNDECODABLE, loader, name_undecodable
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names
 from moco.errors import UserError, one_line_errors
-from moco.publish import push_backbone
 from moco.report import save_detection_curves, save_detections
-from moco.run import check_limits, check_output, check_unchanged, fast_bf16, finish
+from moco.run import (
+    BACKBONE_HELP,
+    check_limits,
+    check_output,
+    default_output,
+    fast_bf16,
+    finish,
+    flag_parser,
+    parse_resumed,
+    use_all_cores,
+)
 from moco.schedule import warmup_step_rate
 from moco.voc import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_keys
 
@@ -72,19 +77,9 @@ FREE_ON_RESUME = {
 
 def parse_args():
     """The flags. Defaults, from weak to strong: below, those that go with the data, those of the run resumed."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --data DATA --backbone SOURCE [flags]",
-        description=__doc__.split("\n\n")[0],
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
-        allow_abbrev=False,
-    )
+    parser = flag_parser("--data DATA --backbone SOURCE [flags]", __doc__.split("\n\n")[0])
     add = parser.add_argument_group("backbone").add_argument
-    add(
-        "--backbone",
-        metavar="SOURCE",
-        help="a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
-        " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'",
-    )
+    add("--backbone", metavar="SOURCE", help=BACKBONE_HELP)
     add("--arch", help="a torchvision ResNet, or resnet10 [as the backbone says; random: resnet50]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
     add = parser.add_argument_group("data").add_argument
@@ -129,28 +124,14 @@ def parse_args():
     add("--log-every", type=int, metavar="STEPS", default=20, help="a line in metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
-    def fail(message):
-        raise UserError(message)
-
-    parser.error = fail  # one line, as for every other mistake, in place of the whole usage
     given, _ = parser.parse_known_args()
     parser.set_defaults(**defaults_of(given.data, given.schedule))
     args = parser.parse_args()
     if args.output is None:
         check_named(args)
-        args.output = default_output(args.backbone, args.data)
+        args.output = default_output(args.backbone, args.data, "detection")
     if args.resume or args.evaluate:
-        saved = read_run(args.output)
-        parser.set_defaults(
-            **{
-                name: saved[name]
-                for name in vars(args)
-                if name in saved and name not in ("output", "resume", "evaluate")
-            }
-        )
-        output, args = args.output, parser.parse_args()
-        args.output = output
-        check_unchanged(output, vars(args), saved, FREE_ON_RESUME)
+        args = parse_resumed(parser, args.output, FREE_ON_RESUME)
     check_named(args)
     if args.backbone == "random" and args.arch is None:
         args.arch = "resnet10" if args.data == "shapes" else "resnet50"
@@ -172,22 +153,6 @@ def check_named(args):
         raise UserError("--data is missing: name a VOCdevkit or COCO folder, USER/NAME on the Hub, or 'shapes'")
     if args.backbone is None:
         raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
-
-
-def default_output(backbone, data):
-    """detection/ in the backbone's run folder, where publishing looks for results, else a folder in runs/."""
-    if (Path(backbone) / "args.json").exists():
-        return Path(backbone) / "detection"
-    return Path("runs") / f"detect-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).name}"
-
-
-def read_run(output):
-    """The flags of the run in `output` that is to be resumed or evaluated."""
-    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
-        raise UserError(
-            f"--output {output} has no complete checkpoint in checkpoints/; leave --resume or --evaluate out"
-        )
-    return json.loads((output / "args.json").read_text())
 
 
 def check_args(args, processes):
@@ -296,15 +261,12 @@ def main():
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
-    if device.type == "cpu" and world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count()))  # accelerate launch leaves it one thread
+    use_all_cores(accelerator)
 
     # ---- backbone
     if not is_main:
         datasets.disable_progress_bars()
     with accelerator.local_main_process_first():  # what is downloaded is made once a machine
-        # Only the card asks what is known of the weights; to tell it reads them a second time.
-        known = read_backbone(args.backbone, args.encoder)[1] if args.push_to_hub and args.backbone != "random" else {}
         backbone = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
         data = load_detection(args.data, args.years, args.box_format)
     arch, _ = fitting_arch(backbone.state_dict())
@@ -372,8 +334,7 @@ def main():
 
     def log(line):
         if is_main:
-            with metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_metrics(metrics, line)
 
     def save(step):
         check_equal_state({"detector": unwrapped}, accelerator)
@@ -504,12 +465,7 @@ def main():
             print(f"{rule:<7} AP {values['AP']:.2f} %, AP50 {values['AP50']:.2f} %, AP75 {values['AP75']:.2f} %")
         print(f"results.json, curves.png and detections.png are in {args.output}")
         if args.push_to_hub:
-            settings = known.get("settings", {"arch": arch})
-            size, tag = known.get("image_size", 224), known.get("tag", "moco")
-            save_backbone(args.output / "backbone", backbone, arch, size, tag, settings)
-            if (Path(args.backbone) / "curves.png").exists():
-                shutil.copy(Path(args.backbone) / "curves.png", args.output / "backbone")
-            print(push_backbone(args.output, args.push_to_hub))
+            print(push_loaded(args.output, args.backbone, args.encoder, backbone, args.push_to_hub))
     accelerator.end_training()
 
 

@@ -7,12 +7,7 @@ accelerate launch linear_probe.py --backbone USER/NAME --cached-features --knn m
 accelerate launch linear_probe.py --output RUN --resume                        go on where RUN stopped
 """
 
-import argparse
-import json
 import math
-import os
-import re
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -26,8 +21,9 @@ from torch import nn
 from tqdm import tqdm
 
 from moco.augment import normalize, to_float
-from moco.backbone import feature_width, fitting_arch, load_backbone, read_backbone, save_backbone
+from moco.backbone import feature_width, fitting_arch, load_backbone, push_loaded
 from moco.checkpoint import (
+    append_metrics,
     check_equal_state,
     complete_checkpoints,
     load_checkpoint,
@@ -56,8 +52,16 @@ from moco.data import (
 from moco.encoder import resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
-from moco.publish import push_backbone
-from moco.run import check_limits, check_output, check_unchanged, finish
+from moco.run import (
+    BACKBONE_HELP,
+    check_limits,
+    check_output,
+    default_output,
+    finish,
+    flag_parser,
+    parse_resumed,
+    use_all_cores,
+)
 from moco.schedule import learning_rate
 from moco.stream import ParquetImages
 
@@ -73,19 +77,9 @@ FREE_ON_RESUME = {
 
 def parse_args():
     """The flags. Defaults, from weak to strong: below, the built-in data's, those of the run resumed."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --backbone SOURCE [flags]",
-        description=__doc__.split("\n\n")[0],
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
-        allow_abbrev=False,
-    )
+    parser = flag_parser("--backbone SOURCE [flags]", __doc__.split("\n\n")[0])
     add = parser.add_argument_group("backbone").add_argument
-    add(
-        "--backbone",
-        metavar="SOURCE",
-        help="a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
-        " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'",
-    )
+    add("--backbone", metavar="SOURCE", help=BACKBONE_HELP)
     add("--arch", help="a torchvision ResNet, or resnet10 [as the backbone says; random: resnet50]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
     add = parser.add_argument_group("data").add_argument
@@ -125,27 +119,13 @@ def parse_args():
     add("--log-every", type=int, metavar="STEPS", default=50, help="a line in metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
-    def fail(message):
-        raise UserError(message)
-
-    parser.error = fail  # one line, as for every other mistake, in place of the whole usage
     given, _ = parser.parse_known_args()
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     args = parser.parse_args()
     if args.output is None and args.backbone is not None:
-        args.output = default_output(args.backbone, args.data)
+        args.output = default_output(args.backbone, args.data, "linear_probe")
     if args.output is not None and (args.resume or args.evaluate):
-        saved = read_run(args.output)
-        parser.set_defaults(
-            **{
-                name: saved[name]
-                for name in vars(args)
-                if name in saved and name not in ("output", "resume", "evaluate")
-            }
-        )
-        output, args = args.output, parser.parse_args()
-        args.output = output
-        check_unchanged(output, vars(args), saved, FREE_ON_RESUME)
+        args = parse_resumed(parser, args.output, FREE_ON_RESUME)
     if args.backbone is None:
         raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
     if args.backbone == "random" and args.arch is None:
@@ -153,22 +133,6 @@ def parse_args():
     if args.knn == []:
         args.knn = [200]
     return args
-
-
-def default_output(backbone, data):
-    """linear_probe/ in the backbone's run folder, where publishing looks for results, else a folder in runs/."""
-    if (Path(backbone) / "args.json").exists():
-        return Path(backbone) / "linear_probe"
-    return Path("runs") / f"probe-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).name}"
-
-
-def read_run(output):
-    """The flags of the run in `output` that is to be resumed or evaluated."""
-    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
-        raise UserError(
-            f"--output {output} has no complete checkpoint in checkpoints/; leave --resume or --evaluate out"
-        )
-    return json.loads((output / "args.json").read_text())
 
 
 def check_args(args, processes):
@@ -346,15 +310,12 @@ def main():
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
-    if device.type == "cpu" and world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count()))  # accelerate launch leaves it one thread
+    use_all_cores(accelerator)
 
     # ---- backbone
     if not is_main:
         datasets.disable_progress_bars()
     with accelerator.local_main_process_first():  # what is downloaded or drawn is made once a machine
-        # Only the card asks what is known of the weights; to tell it reads them a second time.
-        known = read_backbone(args.backbone, args.encoder)[1] if args.push_to_hub and args.backbone != "random" else {}
         backbone = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
     train_set, test_set = load_splits(
         args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
@@ -429,8 +390,7 @@ def main():
 
     def log(line):
         if is_main:
-            with metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_metrics(metrics, line)
 
     def save(step):
         check_equal_state({"classifiers": classifiers}, accelerator)
@@ -571,12 +531,7 @@ def main():
             print(f"kNN {k:<5} top-1 {accuracy['top1']:.2f} %, top-5 {accuracy['top5']:.2f} %")
         print(f"result  top-1 {results['top1']:.2f} % with lr {results['lr']:g}, in {args.output / 'results.json'}")
         if args.push_to_hub:
-            settings = known.get("settings", {"arch": arch})
-            size = known.get("image_size", args.image_size)
-            save_backbone(args.output / "backbone", backbone, arch, size, known.get("tag", "moco"), settings)
-            if (Path(args.backbone) / "curves.png").exists():
-                shutil.copy(Path(args.backbone) / "curves.png", args.output / "backbone")
-            print(push_backbone(args.output, args.push_to_hub))
+            print(push_loaded(args.output, args.backbone, args.encoder, backbone, args.push_to_hub))
     accelerator.end_training()
 
 

@@ -7,11 +7,9 @@ accelerate launch --config_file accelerate_config.yaml train_moco.py --data FOLD
 accelerate launch train_moco.py --recipe simclr        the end-to-end counterpart that MoCo is compared with
 """
 
-import argparse
 import copy
 import json
 import math
-import os
 import signal
 import time
 import warnings
@@ -29,6 +27,7 @@ from moco.augment import RECIPES as AUGMENTATIONS
 from moco.augment import ViewAugment, sample_params
 from moco.backbone import save_backbone
 from moco.checkpoint import (
+    append_metrics,
     check_equal_state,
     complete_checkpoints,
     load_checkpoint,
@@ -55,7 +54,7 @@ from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor
 from moco.publish import push_backbone
 from moco.report import save_curves, save_views
-from moco.run import check_limits, check_output, check_unchanged, fast_bf16, finish
+from moco.run import check_limits, check_output, fast_bf16, finish, flag_parser, parse_resumed, use_all_cores
 from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
 
@@ -83,12 +82,7 @@ FREE_ON_RESUME = {"output", "resume", "workers", "shuffle_window", "keep", "chec
 
 def parse_args():
     """The flags. Defaults, from weak to strong: below, the built-in data's, the recipe's, those of the run resumed."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [flags]",
-        description=__doc__.split("\n\n")[0],
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
-        allow_abbrev=False,
-    )
+    parser = flag_parser("[flags]", __doc__.split("\n\n")[0])
     add = parser.add_argument_group("data").add_argument
     add(
         "--data",
@@ -142,10 +136,6 @@ def parse_args():
     parser.set_defaults(**RECIPES["v2"])
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone when the run is done")
 
-    def fail(message):
-        raise UserError(message)
-
-    parser.error = fail  # one line, as for every other mistake, in place of the whole usage
     given, _ = parser.parse_known_args()
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     parser.set_defaults(**RECIPES[given.recipe])
@@ -156,22 +146,7 @@ def parse_args():
         args.bn_batch = args.batch_size
     if args.output is None:
         args.output = Path("runs") / f"{args.recipe}-{Path(args.data).name}"
-    if args.resume:
-        saved = read_run(args.output)
-        parser.set_defaults(**{name: saved[name] for name in vars(args) if name in saved and name != "output"})
-        output, args = args.output, parser.parse_args()
-        args.output = output
-        check_unchanged(output, vars(args), saved, FREE_ON_RESUME)
-    return args
-
-
-def read_run(output):
-    """The flags of the run in `output` that is to be resumed."""
-    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
-        raise UserError(
-            f"--resume: no complete checkpoint in {output / 'checkpoints'}; leave --resume out to start a run"
-        )
-    return json.loads((output / "args.json").read_text())
+    return parse_resumed(parser, args.output, FREE_ON_RESUME) if args.resume else args
 
 
 def check_args(args, processes):
@@ -253,8 +228,7 @@ def main():
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
-    if device.type == "cpu" and world == 1 and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count()))  # accelerate launch leaves it one thread
+    use_all_cores(accelerator)
 
     # ---- data
     if not is_main:
@@ -347,8 +321,7 @@ def main():
 
     def log(line):
         if is_main:
-            with metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_metrics(metrics, line)
         accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
     def save(step):

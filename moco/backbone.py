@@ -11,6 +11,7 @@ import argparse
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -24,7 +25,7 @@ from moco.augment import MEAN, STD
 from moco.checkpoint import complete_checkpoints, load_checkpoint, write_json
 from moco.encoder import build_encoder, resnet_names
 from moco.errors import UserError, first_line, one_line_errors
-from moco.publish import push_backbone
+from moco.publish import public_name, push_backbone
 
 FORMATS = ("torchvision", "timm", "detectron2", "moco")
 # Settings of a run that say nothing of its weights; they may hold paths of the machine, which are not to be published.
@@ -268,10 +269,8 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
         {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
     )
     settings = {name: value for name, value in settings.items() if name not in NOT_PUBLISHED}
-    if "data" in settings:  # only now is it known whether the name is that of a folder here, whose path is private
-        is_folder = Path(settings["data"]).is_dir()
-        settings["data_on_hub"] = "/" in settings["data"] and not is_folder
-        settings["data"] = Path(settings["data"]).resolve().name if is_folder else settings["data"]
+    if "data" in settings:  # only now is it known whether the name is that of a folder here
+        settings["data"], settings["data_on_hub"] = public_name(settings["data"])
     config = {
         "architecture": "resnet18" if arch == "resnet10" else arch,
         "num_classes": 0,
@@ -295,6 +294,20 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     if arch == "resnet10":
         config["model_args"] = {"layers": [1, 1, 1, 1]}
     write_json(folder / "config.json", config)
+
+
+def push_loaded(run, source, encoder, backbone, name):
+    """Publish a backbone with the results that were measured in `run`, a run folder; see `push_backbone`.
+
+    source, encoder: of which `load_backbone` gave it; asked again for what is known of the weights.
+    """
+    known = {} if source == "random" else read_backbone(source, encoder)[1]
+    arch, _ = fitting_arch(backbone.state_dict())
+    size, tag = known.get("image_size", 224), known.get("tag", "moco")
+    save_backbone(run / "backbone", backbone, arch, size, tag, known.get("settings", {"arch": arch}))
+    if (Path(source) / "curves.png").exists():
+        shutil.copy(Path(source) / "curves.png", run / "backbone")
+    return push_backbone(run, name)
 
 
 # ---- convert

@@ -133,6 +133,12 @@ def load_optimizer_tensors(optimizer, tensors):
     optimizer.load_state_dict(whole)
 
 
+def append_metrics(path, line):
+    """Add a line, a dict, to metrics.jsonl."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def read_metrics(path):
     """The lines of metrics.jsonl as dicts, but for one that a kill left half-written at the end."""
     lines = path.read_text().splitlines()

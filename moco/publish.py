@@ -1,6 +1,7 @@
 """Publish a backbone on the Hub: its model card, and the upload."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,12 @@ def find_results(run, digest):
     return [results for results in found if results["backbone_sha256"] == digest]
 
 
+def public_name(data):
+    """(name of --data, whether it is on the Hub); of a folder here the last part, for the path to it is private."""
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None and not Path(data).is_dir()
+    return data if on_hub else Path(data).resolve().name, on_hub
+
+
 def model_card(config, results, name, with_curves):
     """The text of README.md: front matter, how to load, how it was trained, and what was measured.
 
@@ -122,14 +129,14 @@ def evaluations(results):
     """One results.json in the form of the Hub's model-index."""
     if "AP" in results:
         task = {"task_type": "object-detection", "dataset_type": results["metric"].lower()}
-        task["dataset_name"] = Path(results["data"]).name
+        task["dataset_name"], _ = public_name(results["data"])
         measured = [
             (key, f"{label} {key}", row[key]) for label, row in measurements(results) for key in ("AP", "AP50", "AP75")
         ]
     else:
-        hub_name = "/" in results["data"]
-        task = {"task_type": "image-classification", "dataset_name": results["data"]}
-        task["dataset_type"] = results["data"] if hub_name else "image-folder"
+        dataset, on_hub = public_name(results["data"])
+        task = {"task_type": "image-classification", "dataset_name": dataset}
+        task["dataset_type"] = dataset if on_hub else "image-folder"
         measured = [("accuracy", f"{label} top-1", row["top1"]) for label, row in measurements(results)]
     return [
         EvalResult(metric_type=kind, metric_name=label, metric_value=value, **task) for kind, label, value in measured
@@ -151,10 +158,11 @@ def measurements(results):
 
 
 def results_table(results):
+    dataset, _ = public_name(results["data"])
     if "AP" in results:
         lines = [
             f"Fine-tuned as a {'Mask' if 'mask' in results else 'Faster'} R-CNN C4 for {results['iterations']}"
-            f" iterations on {results['train_images']} images of `{Path(results['data']).name}`, on its"
+            f" iterations on {results['train_images']} images of `{dataset}`, on its"
             f" {results['test_images']} test images:\n",
             "| | AP, % | AP50, % | AP75, % |",
             "|---|---|---|---|",
@@ -165,7 +173,7 @@ def results_table(results):
         ]
         return "\n".join(lines) + "\n"
     lines = [
-        f"On the {results['validation_images']} validation images of `{results['data']}`, {results['classes']} classes,"
+        f"On the {results['validation_images']} validation images of `{dataset}`, {results['classes']} classes,"
         " the backbone frozen:\n",
         "| | top-1, % | top-5, % |",
         "|---|---|---|",

@@ -1,12 +1,70 @@
 """What every script does about its flags and its run folder: refuse what cannot work, resume what was begun, stop."""
 
+import argparse
+import json
+import os
+import re
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
 from moco.checkpoint import complete_checkpoints
 from moco.errors import UserError
+
+BACKBONE_HELP = (
+    "a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
+    " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'"
+)
+
+
+def flag_parser(usage, description):
+    """A parser that takes flags only in full, and reports a mistake in one line, as UserError."""
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s {usage}",
+        description=description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
+        allow_abbrev=False,
+    )
+
+    def fail(message):
+        raise UserError(message)
+
+    parser.error = fail
+    return parser
+
+
+def parse_resumed(parser, output, free):
+    """The flags of the run in `output`, which those given now must equal but for the names in `free`.
+
+    Raises UserError where there is no run to go on with, or a flag differs.
+    """
+    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
+        raise UserError(
+            f"--output {output} has no complete checkpoint in checkpoints/ to go on from; leave --resume out, or name"
+            " the folder of a run"
+        )
+    saved = json.loads((output / "args.json").read_text())
+    begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
+    parser.set_defaults(**{name: saved[name] for name in begun})
+    args = parser.parse_args()
+    args.output = output
+    for name in sorted(begun - free):
+        value = getattr(args, name)
+        if value != saved[name]:
+            raise UserError(
+                f"{as_flag(name, value)} cannot resume {output}, which has {as_flag(name, saved[name])};"
+                " leave the flag out, or start a new run with another --output"
+            )
+    return args
+
+
+def default_output(backbone, data, name):
+    """RUN/name where the backbone is of a run folder, there publishing looks for results; else a folder in runs/."""
+    if (Path(backbone) / "args.json").exists():
+        return Path(backbone) / name
+    return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).name}"
 
 
 def as_flag(name, value):
@@ -35,19 +93,6 @@ def check_output(output, goes_on):
         raise UserError(f"--output {output} holds another run; add --resume to go on with it, or name another folder")
 
 
-def check_unchanged(output, values, saved, free):
-    """Raise UserError where a flag differs from that of the run in `output`, and what it changes is not in `free`.
-
-    values, saved: {name: value} as given now and as kept in args.json. free: names that may differ.
-    """
-    for name in values.keys() - free:
-        if values[name] != saved[name]:
-            raise UserError(
-                f"{as_flag(name, values[name])} cannot resume {output}, which has {as_flag(name, saved[name])};"
-                " leave the flag out, or start a new run with another --output"
-            )
-
-
 def fast_bf16():
     """Whether bfloat16 makes this machine faster: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
     if torch.cuda.is_available():
@@ -61,3 +106,10 @@ def finish(accelerator, code, message):
         print(message, file=sys.stderr)
     accelerator.end_training()
     sys.exit(code)
+
+
+def use_all_cores(accelerator):
+    """Undo that `accelerate launch` leaves a single process on a CPU one thread."""
+    alone_on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if alone_on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count()))
