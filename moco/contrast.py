@@ -17,10 +17,10 @@ def contrastive_logits(queries, keys, queue, temperature):
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    q, k, queue = queries.to(dtype), keys.to(dtype), queue.to(dtype)
-    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-    negative = q @ queue.T  # (N, K)
-    return torch.cat([positive, negative], dim=1) / temperature
+    q = queries.to(dtype) / temperature  # here, not of the logits, which are hundreds of times as many numbers
+    positive = (q * keys.to(dtype)).sum(dim=1, keepdim=True)  # (N, 1)
+    negative = q @ queue.to(dtype).T  # (N, K)
+    return torch.cat([positive, negative], dim=1)
 
 
 def nt_xent_logits(first, second, temperature):
