@@ -256,8 +256,9 @@ def main():
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # running statistics look back over equally many steps on any hardware
             module.momentum = 0.1 / micro_batches
-    key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(device)
-    queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(device)
+    if not end_to_end:
+        key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(device)
+        queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(device)
     if args.bn_batch > n:
         query_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(query_encoder)
     optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](
@@ -265,6 +266,7 @@ def main():
     )
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
     unwrapped = accelerator.unwrap_model(query_encoder)  # to evaluate and to save
+    encoders = [unwrapped] if end_to_end else [unwrapped, key_encoder]
     augment = ViewAugment(args.augment)
 
     # ---- the run folder: start one, or go on with one
@@ -398,7 +400,7 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
             total_loss, correct = loss.detach(), (logits.argmax(dim=1) == positives).sum() / (2 * world)
-        average_statistics((unwrapped, key_encoder), accelerator)
+        average_statistics(encoders, accelerator)
 
         # ---- what every process must know; to read it is the step's only wait for the device
         told = torch.stack([total_loss, correct, *total_loss.new_tensor([len(failed), len(stopping)])])
