@@ -9,7 +9,6 @@ accelerate launch detect_transfer.py --output RUN --resume                      
 import math
 import signal
 import time
-import warnings
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from tqdm import tqdm
 
@@ -41,6 +39,7 @@ from moco.data import MAX_UNDECODABLE, loader, name_undecodable
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names
 from moco.errors import UserError, one_line_errors
+from moco.publish import check_push, public_name
 from moco.report import save_detection_curves, save_detections
 from moco.run import (
     BACKBONE_HELP,
@@ -50,8 +49,9 @@ from moco.run import (
     fast_bf16,
     finish,
     flag_parser,
+    nearest_multiples,
     parse_resumed,
-    use_all_cores,
+    start_accelerator,
 )
 from moco.schedule import warmup_step_rate
 from moco.voc import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_keys
@@ -177,11 +177,10 @@ def check_args(args, processes):
     check_limits(vars(args), limits)
     unit = processes * args.micro_batch
     if args.batch_size % unit:
-        below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
-        remedy = f"{below} or {above}" if below else f"{above}"
         raise UserError(
             f"--batch-size {args.batch_size} is not divisible by {processes} processes of micro-batches of"
-            f" {args.micro_batch} (--micro-batch); use --batch-size {remedy}, or another --micro-batch"
+            f" {args.micro_batch} (--micro-batch); use --batch-size {nearest_multiples(args.batch_size, unit)}, or"
+            " another --micro-batch"
         )
     if is_coco(args.data):
         check_pycocotools(args.data)
@@ -248,20 +247,16 @@ def headline(scores):
 
 
 def main():
-    # The flag's successor is not in every torch that this runs on.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     args = parse_args()
     if args.mixed_precision is None and args.data == "shapes" and fast_bf16():
         args.mixed_precision = "bf16"
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = start_accelerator(args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
-    use_all_cores(accelerator)
+    if args.push_to_hub and is_main:
+        check_push(args.push_to_hub)
 
     # ---- backbone
     if not is_main:
@@ -368,7 +363,8 @@ def main():
         save(0)
 
     # ---- training
-    batches = iter(loader(train_images, micro_batches_from(start), args.workers))
+    if start < total_steps:  # else workers would read for nothing
+        batches = iter(loader(train_images, micro_batches_from(start), args.workers))
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main or args.evaluate)
     for step in range(start, total_steps):
@@ -452,7 +448,8 @@ def main():
     predictions, scores = measure(total_steps)
     if is_main:
         results = {"backbone": args.backbone, "arch": arch, "encoder": args.encoder, "backbone_sha256": digest}
-        results |= {"data": args.data, "metric": data.metric, "classes": len(data.classes)}
+        data_name, on_hub = public_name(args.data)
+        results |= {"data": data_name, "data_on_hub": on_hub, "metric": data.metric, "classes": len(data.classes)}
         results |= {"train_images": len(data.train), "test_images": len(data.test), "left_out": +data.left_out}
         results |= {"iterations": total_steps, "bn": args.bn, **headline(scores), **scores, "undecodable": len(named)}
         results |= {"settings": vars(args) | {"output": str(args.output)}} | provenance(world)

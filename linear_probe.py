@@ -16,7 +16,6 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
@@ -52,6 +51,7 @@ from moco.data import (
 from moco.encoder import resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
+from moco.publish import check_push, public_name
 from moco.run import (
     BACKBONE_HELP,
     check_limits,
@@ -59,8 +59,9 @@ from moco.run import (
     default_output,
     finish,
     flag_parser,
+    nearest_multiples,
     parse_resumed,
-    use_all_cores,
+    start_accelerator,
 )
 from moco.schedule import learning_rate
 from moco.stream import ParquetImages
@@ -159,9 +160,10 @@ def check_args(args, processes):
     if len(set(args.lr)) < len(args.lr):
         raise UserError(f"--lr {' '.join(map(str, args.lr))} has a value twice; name each once")
     if args.batch_size % processes:
-        below, above = args.batch_size // processes * processes, (args.batch_size // processes + 1) * processes
-        remedy = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by {processes} processes; use {remedy}")
+        raise UserError(
+            f"--batch-size {args.batch_size} is not divisible by {processes} processes; use"
+            f" {nearest_multiples(args.batch_size, processes)}"
+        )
     check_output(args.output, args.resume or args.evaluate)
 
 
@@ -305,12 +307,13 @@ def print_settings(args, arch, width, counts, processes):
 
 def main():
     args = parse_args()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = start_accelerator(args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
-    use_all_cores(accelerator)
+    if args.push_to_hub and is_main:
+        check_push(args.push_to_hub)
 
     # ---- backbone
     if not is_main:
@@ -420,7 +423,7 @@ def main():
         name_undecodable(cache_features(*cache), named, accelerator)
         keys = batch_keys(len(train_set), args.batch_size, args.seed, start, rank, world)
         batches = iter(loader(CachedFeatures(args.output / "features"), keys, workers=0))
-    else:
+    elif start < total_steps:  # else workers would read for nothing
         keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
         batches = iter(loader(LabelledCrops(train_set, args.image_size, args.seed), keys, args.workers))
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
@@ -498,7 +501,8 @@ def main():
 
     # ---- results
     results = {"backbone": args.backbone, "arch": arch, "encoder": args.encoder, "backbone_sha256": digest}
-    results |= {"data": args.data, "classes": classes, "train_images": len(train_set)}
+    data, on_hub = public_name(args.data)
+    results |= {"data": data, "data_on_hub": on_hub, "classes": classes, "train_images": len(train_set)}
     results |= {"held_out_images": len(held_out or ()), "validation_images": len(test_set)}
     results |= {"approximate": args.cached_features, "epochs": args.epochs, "steps": max(start, total_steps)}
     chosen = 0

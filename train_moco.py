@@ -12,14 +12,13 @@ import json
 import math
 import signal
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
 from torch import nn
 from tqdm import tqdm
 
@@ -42,6 +41,7 @@ from moco.checkpoint import (
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
 from moco.data import (
     MAX_UNDECODABLE,
+    has_labels,
     load_splits,
     name_undecodable,
     read_image,
@@ -52,9 +52,18 @@ from moco.data import (
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor
-from moco.publish import push_backbone
+from moco.publish import check_push, push_backbone
 from moco.report import save_curves, save_views
-from moco.run import check_limits, check_output, fast_bf16, finish, flag_parser, parse_resumed, use_all_cores
+from moco.run import (
+    check_limits,
+    check_output,
+    fast_bf16,
+    finish,
+    flag_parser,
+    nearest_multiples,
+    parse_resumed,
+    start_accelerator,
+)
 from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
 
@@ -132,9 +141,9 @@ def parse_args():
     add("--keep", type=int, metavar="N", default=2, help="checkpoints kept [%(default)s]")
     add("--log-every", type=int, metavar="STEPS", default=10, help="between lines of metrics.jsonl [%(default)s]")
     add("--knn-every", type=int, metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none [%(default)s]")
-    add("--tracker", choices=("tensorboard", "wandb"), help="log there too")
-    parser.set_defaults(**RECIPES["v2"])
+    add("--tracker", choices=("tensorboard", "wandb"), help="log there too, where it is installed")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone when the run is done")
+    parser.set_defaults(**RECIPES["v2"])  # for --help to show
 
     given, _ = parser.parse_known_args()
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
@@ -145,11 +154,11 @@ def parse_args():
     if args.bn_batch is None:
         args.bn_batch = args.batch_size
     if args.output is None:
-        args.output = Path("runs") / f"{args.recipe}-{Path(args.data).name}"
+        args.output = Path("runs") / f"{args.recipe}-{Path(args.data).resolve().name}"
     return parse_resumed(parser, args.output, FREE_ON_RESUME) if args.resume else args
 
 
-def check_args(args, processes):
+def check_args(args, processes, device_type):
     """Raise UserError for values that cannot work, before anything is read or written."""
     limits = {
         "image_size": (args.image_size >= 16, "at least 16"),
@@ -175,18 +184,21 @@ def check_args(args, processes):
         "log_every": (args.log_every >= 1, "at least 1"),
         "knn_every": (args.knn_every >= 0, "0 (never) or more"),
         "arch": (args.arch in resnet_names(), f"one of {', '.join(resnet_names())}"),
+        "tracker": (
+            args.tracker in (None, *map(str, get_available_trackers())),
+            f"installed: pip install {args.tracker}",
+        ),
     }
     check_limits(vars(args), limits)
     synchronised = processes > 1 and args.recipe == "simclr" and args.bn_batch == args.batch_size
     unit = processes * (1 if synchronised else args.bn_batch)
     if args.batch_size % unit:
-        below, above = args.batch_size // unit * unit, (args.batch_size // unit + 1) * unit
-        remedy = f"{below} or {above}" if below else f"{above}"
         raise UserError(
             f"--batch-size {args.batch_size} is not divisible by {processes} processes of BatchNorm micro-batches of"
-            f" {args.bn_batch} (--bn-batch); use --batch-size {remedy}, or another --bn-batch"
+            f" {args.bn_batch} (--bn-batch); use --batch-size {nearest_multiples(args.batch_size, unit)}, or another"
+            " --bn-batch"
         )
-    if synchronised and not torch.cuda.is_available():
+    if synchronised and device_type == "cpu":
         raise UserError(
             f"--bn-batch {args.bn_batch} over {processes} processes needs SyncBatchNorm, which runs on GPUs only; use"
             f" --bn-batch {args.batch_size // processes}"
@@ -213,22 +225,16 @@ def print_settings(args, images, processes, groups, candidates):
 
 
 def main():
-    # The flag's successor is not in every torch that this runs on.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     args = parse_args()
     if args.mixed_precision is None and args.data == "shapes" and fast_bf16():
         args.mixed_precision = "bf16"
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=args.tracker,
-        project_dir=args.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = start_accelerator(args.mixed_precision, log_with=args.tracker, project_dir=args.output)
     args.mixed_precision = accelerator.mixed_precision
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
-    check_args(args, world)
-    use_all_cores(accelerator)
+    check_args(args, world, device.type)
+    if args.push_to_hub and is_main:
+        check_push(args.push_to_hub)
 
     # ---- data
     if not is_main:
@@ -239,7 +245,8 @@ def main():
     if len(train_set) < args.batch_size:
         raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
     read_image(train_set, 0)  # where nothing can be decoded, say so now
-    with_knn = args.knn_every > 0 and "label" in train_set.column_names
+    labelled = all(has_labels(split) for split in (train_set, test_set) if split is not None)
+    with_knn = args.knn_every > 0 and labelled
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     n = args.batch_size // world  # images a process and step
@@ -317,7 +324,10 @@ def main():
                 args.seed,
             )
         if not with_knn:
-            print("kNN     off: " + ("--knn-every 0" if args.knn_every == 0 else f"--data {args.data} has no labels"))
+            print(
+                "kNN     off: "
+                + ("--knn-every 0" if args.knn_every == 0 else f"--data {args.data} has no labels from 0 on")
+            )
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
 
@@ -351,8 +361,9 @@ def main():
     if not args.resume or start < saved:
         save(start)
 
-    keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
-    batches = train_batches(train_set, args.image_size, args.seed, args.augment, keys, args.workers)
+    if start < total_steps:  # else workers would read for nothing
+        keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
+        batches = train_batches(train_set, args.image_size, args.seed, args.augment, keys, args.workers)
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     positive = torch.zeros(args.bn_batch, dtype=torch.long, device=device)  # the positive is column 0
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main)

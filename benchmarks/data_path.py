@@ -4,8 +4,7 @@ python benchmarks/data_path.py
 
 Standard: Pillow and torchvision's transforms, MoCo v2's two full views, float batches. Ours: one decode, two crops,
 uint8 batches; the rest of the recipe runs on the training device (its cost on a CPU is printed beside it). Both go
-through a DataLoader with one worker, take turns, and read files that this script makes: noise with the spectrum of
-photographs, whose JPEGs are about as large.
+through a DataLoader with one worker, take turns, and read files that this script makes.
 """
 
 import io
@@ -29,7 +28,7 @@ BATCH, BATCHES, ROUNDS = 32, 4, 5
 
 
 def photograph(width, height, quality, rng):
-    """JPEG bytes of noise in octaves, each finer one weaker."""
+    """JPEG bytes of noise in octaves, of about equal strength: files are as large as those of photographs."""
     image = np.zeros((height, width, 3), np.float32)
     for octave in range(1, 11):
         n = 2**octave

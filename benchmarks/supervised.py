@@ -18,9 +18,9 @@ from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
 from moco.data import LabelledCrops, load_splits, loader, train_keys
 from moco.encoder import build_encoder
+from moco.run import fast_bf16
 from moco.schedule import learning_rate
 from moco.shapes import CLASSES
-from train_moco import fast_bf16
 
 
 def main():

@@ -37,7 +37,8 @@ def save_checkpoint(folder, step, tensors, state, keep):
     The folder appears under its name only once everything in it is on disk.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_over in folder.glob(".step_*.partial"):  # of a kill while saving
+        shutil.rmtree(left_over)
     partial.mkdir(parents=True)
     checksums = {}
     for name, values in tensors.items():
@@ -64,7 +65,8 @@ def check_equal_state(modules, accelerator):
     for name, module in modules.items():
         sums = torch.stack([value.double().sum() for value in module.state_dict().values()])
         everywhere = accelerator.gather(sums[None])  # (processes, tensors)
-        if not everywhere.eq(everywhere[0]).all():
+        same = everywhere.eq(everywhere[0]) | (everywhere.isnan() & everywhere[0].isnan())  # diverged on all alike
+        if not same.all():
             raise RuntimeError(f"{name} differs between processes: an update is missing on some, or not the same")
 
 
@@ -127,9 +129,13 @@ def load_optimizer_tensors(optimizer, tensors):
     """Put back what `optimizer_tensors` gave."""
     whole = optimizer.state_dict()
     whole["state"] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
-        parameter, name = key.split(".", 1)
-        whole["state"].setdefault(int(parameter), {})[name] = value
+        index, name = key.split(".", 1)
+        like = parameters[int(index)]
+        if value.shape == like.shape:  # in the weight's layout, not the file's: fused updates need them alike
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+        whole["state"].setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(whole)
 
 

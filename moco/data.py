@@ -8,6 +8,7 @@ number of workers, and one process reads what several read together.
 import contextlib
 import io
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
                 builder.download_and_prepare()
             splits = builder.as_dataset()
     except datasets.exceptions.DatasetNotFoundError as error:
+        if revision is not None and "evision" in str(error):
+            raise UserError(f"--revision {revision} is not in {name}: {first_line(error)}") from error
         raise UserError(
             f"--data {name} is not open to you ({first_line(error)}); accept the terms on"
             f" https://huggingface.co/datasets/{name}, then run `hf auth login`"
@@ -106,7 +109,7 @@ def parquet_splits(name, files, image_column, label_column):
 
 def check_hub_name(name):
     """Raise UserError at once for a name that is no folder and that the Hub does not have or does not answer for."""
-    if not 1 <= name.count("/") <= 1 or name.startswith((".", "/", "~")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=20)
@@ -161,6 +164,15 @@ def label_range(dataset):
         return dataset.label_range()
     labels = np.asarray(dataset["label"])
     return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
+
+
+def has_labels(dataset):
+    """Whether each image has a whole number from 0 on as its label, as far as can be told without reading."""
+    kind = str(getattr(dataset.features.get("label"), "dtype", ""))
+    if not kind.startswith(("int", "uint")):
+        return False
+    found = label_range(dataset)
+    return found is None or found[0] >= 0
 
 
 # ---- one image
@@ -363,9 +375,19 @@ def loader(dataset, keys, workers):
         sampler=keys,
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=leave_group,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def leave_group(worker):
+    """Put a worker in a process group of its own, so that a signal to the run's group does not end it.
+
+    Launchers send SIGTERM to the group: the step that is being taken still needs its batch, and then a checkpoint is
+    saved. Workers end with their process.
+    """
+    os.setpgid(0, 0)
 
 
 # ---- evaluation batches

@@ -34,16 +34,21 @@ def push_backbone(run, name, private=False):
     Returns the repository's address. Raises UserError where there is nothing to push or the Hub does not take it.
     """
     folder = prepare_folder(Path(run), name)
-    again = f"everything is in {folder}, so try again with `python -m moco.backbone push {run} {name}`"
+    private_flag = " --private" if private else ""
+    again = f"everything is in {folder}, so try again with `python -m moco.backbone push {run} {name}{private_flag}`"
     try:
         api = huggingface_hub.HfApi()
         url = api.create_repo(name, private=private or None, exist_ok=True)  # None: as the organisation has it
+        if private and not api.repo_info(url.repo_id).private:
+            raise UserError(f"{name} is there already, and public; make it private on its page, or name another")
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
             allow_patterns=list(PUBLISHED),
             commit_message="Upload the backbone and its card",
         )
+    except UserError:
+        raise
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalTokenNotFoundError) as error:
         raise UserError(f"{name} cannot be pushed to ({first_line(error)}); {again}") from error
     except huggingface_hub.errors.HfHubHTTPError as error:
@@ -54,6 +59,20 @@ def push_backbone(run, name, private=False):
     except Exception as error:  # no network, no answer: each client library has its own exceptions
         raise UserError(f"the Hub cannot be reached ({first_line(error)}); {again}") from error
     return str(url)
+
+
+def check_push(name):
+    """Raise UserError at once where a push to `name` at the end of a run could not succeed for want of a login."""
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+        huggingface_hub.HfApi().whoami()
+    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalTokenNotFoundError) as error:
+        raise UserError(f"--push-to-hub {name}: {first_line(error)}; name USER/NAME, and `hf auth login`") from error
+    except Exception as error:  # refused, or no network, for which each client library has its own exceptions
+        raise UserError(
+            f"--push-to-hub {name}: the Hub does not know you ({first_line(error)}); `hf auth login`, or leave the flag"
+            " out and `python -m moco.backbone push` when the run is done"
+        ) from error
 
 
 def prepare_folder(run, name):
@@ -86,7 +105,7 @@ def find_results(run, digest):
 
 def public_name(data):
     """(name of --data, whether it is on the Hub); of a folder here the last part, for the path to it is private."""
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None and not Path(data).is_dir()
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", data) is not None and not Path(data).is_dir()
     return data if on_hub else Path(data).resolve().name, on_hub
 
 
@@ -129,14 +148,13 @@ def evaluations(results):
     """One results.json in the form of the Hub's model-index."""
     if "AP" in results:
         task = {"task_type": "object-detection", "dataset_type": results["metric"].lower()}
-        task["dataset_name"], _ = public_name(results["data"])
+        task["dataset_name"] = results["data"]
         measured = [
             (key, f"{label} {key}", row[key]) for label, row in measurements(results) for key in ("AP", "AP50", "AP75")
         ]
     else:
-        dataset, on_hub = public_name(results["data"])
-        task = {"task_type": "image-classification", "dataset_name": dataset}
-        task["dataset_type"] = dataset if on_hub else "image-folder"
+        task = {"task_type": "image-classification", "dataset_name": results["data"]}
+        task["dataset_type"] = results["data"] if results["data_on_hub"] else "image-folder"
         measured = [("accuracy", f"{label} top-1", row["top1"]) for label, row in measurements(results)]
     return [
         EvalResult(metric_type=kind, metric_name=label, metric_value=value, **task) for kind, label, value in measured
@@ -158,11 +176,10 @@ def measurements(results):
 
 
 def results_table(results):
-    dataset, _ = public_name(results["data"])
     if "AP" in results:
         lines = [
             f"Fine-tuned as a {'Mask' if 'mask' in results else 'Faster'} R-CNN C4 for {results['iterations']}"
-            f" iterations on {results['train_images']} images of `{dataset}`, on its"
+            f" iterations on {results['train_images']} images of `{results['data']}`, on its"
             f" {results['test_images']} test images:\n",
             "| | AP, % | AP50, % | AP75, % |",
             "|---|---|---|---|",
@@ -173,7 +190,7 @@ def results_table(results):
         ]
         return "\n".join(lines) + "\n"
     lines = [
-        f"On the {results['validation_images']} validation images of `{dataset}`, {results['classes']} classes,"
+        f"On the {results['validation_images']} validation images of `{results['data']}`, {results['classes']} classes,"
         " the backbone frozen:\n",
         "| | top-1, % | top-5, % |",
         "|---|---|---|",

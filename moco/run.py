@@ -6,13 +6,17 @@ import os
 import re
 import sys
 import tempfile
+import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from moco.checkpoint import complete_checkpoints
 from moco.errors import UserError
 
+PATIENCE = timedelta(hours=3)  # of processes with one that downloads, tries the Hub again or evaluates; else 10 minutes
 BACKBONE_HELP = (
     "a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
     " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'"
@@ -64,7 +68,7 @@ def default_output(backbone, data, name):
     """RUN/name where the backbone is of a run folder, there publishing looks for results; else a folder in runs/."""
     if (Path(backbone) / "args.json").exists():
         return Path(backbone) / name
-    return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).name}"
+    return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).resolve().name}"
 
 
 def as_flag(name, value):
@@ -93,6 +97,32 @@ def check_output(output, goes_on):
         raise UserError(f"--output {output} holds another run; add --resume to go on with it, or name another folder")
 
 
+def nearest_multiples(value, unit):
+    """The multiples of `unit` next to a number that is none, as a remedy to name."""
+    below, above = value // unit * unit, (value // unit + 1) * unit
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def start_accelerator(mixed_precision, **options):
+    """The Accelerator of a script. Raises UserError for a device or a precision that cannot work.
+
+    Buffers are not sent before each forward pass: they are equal by construction, or averaged after it.
+    """
+    # The flag's successor is not in every torch that this runs on.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
+    if accelerator.device.type == "mps":
+        raise UserError("Apple's GPUs have no float64, which is needed here; set ACCELERATE_USE_CPU=true")
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
+        # accelerate launch leaves a single process on a CPU one thread
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return accelerator
+
+
 def fast_bf16():
     """Whether bfloat16 makes this machine faster: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
     if torch.cuda.is_available():
@@ -106,10 +136,3 @@ def finish(accelerator, code, message):
         print(message, file=sys.stderr)
     accelerator.end_training()
     sys.exit(code)
-
-
-def use_all_cores(accelerator):
-    """Undo that `accelerate launch` leaves a single process on a CPU one thread."""
-    alone_on_cpu = accelerator.device.type == "cpu" and accelerator.num_processes == 1
-    if alone_on_cpu and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count()))

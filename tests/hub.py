@@ -234,7 +234,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             status = 409 if folder.exists() else 200
             folder.mkdir(parents=True, exist_ok=True)
-            self.server.created.setdefault(name, wanted.get("visibility", "public"))
+            visibility = self.server.created.setdefault(name, wanted.get("visibility", "public"))
+            if visibility == "private":
+                self.server.private.add(name)
             self.answer({"url": f"{self.server.url}/{name}", "name": name, "private": False}, status)
 
     def commit(self, name, lines):

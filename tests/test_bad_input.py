@@ -9,6 +9,8 @@ import shutil
 import sys
 
 import pytest
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from conftest import run_script
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -51,8 +53,10 @@ def refuse(monkeypatch, capsys, tmp_path):
         small = {train_moco: SMALL, linear_probe: SMALL_PROBE}[script].split()
         argv = [f"{script.__name__}.py", "--output", str(output), *small, *(str(flag) for flag in flags)]
         monkeypatch.setattr(sys, "argv", argv)
+        AcceleratorState._reset_state()  # as in a process of its own
         with pytest.raises(SystemExit) as stopped, one_line_errors():
             script.main()
+        AcceleratorState._reset_state()
         lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples/s]" not in line]
         assert stopped.value.code == 2
         assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -81,6 +85,7 @@ def refuse(monkeypatch, capsys, tmp_path):
         ("--image-size 15", "--image-size 15 at least 16"),
         ("--epochs 0", "--epochs 0 at least 1"),
         ("--lr 0", "--lr 0.0 above 0"),
+        ("--mixed-precision fp16", "--mixed-precision fp16 GPU bf16"),
         ("--recipe simclr --epochs 10", "--warmup-epochs 10 below the 10 epochs"),
         ("--workers -1", "--workers -1 0 or more"),
         ("--seed -1", "--seed -1 0 or more"),
@@ -90,6 +95,11 @@ def test_a_value_outside_its_limits(refuse, folder, tmp_path, flags, words):
     line = refuse("--data", folder, *flags.split())
     assert all(word in line for word in words.split()), line
     assert not (tmp_path / "run").exists()  # refused before anything is written
+
+
+@pytest.mark.skipif("wandb" in map(str, get_available_trackers()), reason="wandb is installed")
+def test_a_tracker_that_is_not_installed(refuse, folder):
+    assert "pip install wandb" in refuse("--data", folder, "--tracker", "wandb")
 
 
 # ---- data

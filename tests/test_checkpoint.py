@@ -7,8 +7,10 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from moco.checkpoint import (
+    check_equal_state,
     complete_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
@@ -94,3 +96,28 @@ def test_metrics_are_cut_after_the_step_and_at_a_half_written_line(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [0, 10, 20]
     trim_metrics(path, 10)
     assert path.read_text() == "\n".join(lines[:2]) + "\n"
+
+
+def test_an_optimizers_state_comes_back_in_the_layout_of_its_weights(tmp_path):
+    """Files hold no strides; updates that take all weights at once are slower where state and weight differ."""
+    encoder = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(encoder.parameters(), 0.1, momentum=0.9)
+    encoder(torch.ones(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    before = optimizer.state[encoder.weight]["momentum_buffer"].clone()
+    save_checkpoint(tmp_path, 1, {"optimizer": optimizer_tensors(optimizer)}, {}, keep=1)
+    load_optimizer_tensors(optimizer, load_checkpoint(tmp_path / "step_1")[0]["optimizer"])
+    after = optimizer.state[encoder.weight]["momentum_buffer"]
+    assert after.equal(before) and after.stride() == encoder.weight.stride()
+
+
+def test_weights_that_diverged_alike_are_equal():
+    module = torch.nn.Linear(2, 2)
+    module.weight.data[0] = torch.nan
+    check_equal_state({"classifiers": module}, Accelerator(cpu=True))  # of one process, too
+
+
+def test_a_checkpoint_half_written_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".step_3.partial").mkdir()
+    save_checkpoint(tmp_path, 7, tensors(), {}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_7"]

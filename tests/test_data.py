@@ -23,6 +23,7 @@ from moco.data import (
     crop_generator,
     decode_crops,
     decode_image,
+    has_labels,
     load_splits,
     train_batches,
     train_keys,
@@ -112,6 +113,12 @@ def test_names_and_columns_that_are_not_there_are_refused(tmp_path):
             load_splits(name)
     with pytest.raises(UserError, match="--image-column picture is not in .*, whose columns are image"):
         load_splits(str(flat), image_column="picture")
+
+
+@pytest.mark.parametrize("labels, usable", [([0, 3], True), ([0, -1], False), (["a", "b"], False), (None, False)])
+def test_labels_are_whole_numbers_from_0_on(labels, usable):
+    columns = {"image": [b"", b""]} | ({"label": labels} if labels else {})
+    assert has_labels(datasets.Dataset.from_dict(columns)) is usable
 
 
 # ---- one image

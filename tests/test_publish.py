@@ -19,7 +19,7 @@ from moco.backbone import load_backbone, save_backbone
 from moco.checkpoint import weights_digest
 from moco.encoder import build_encoder
 from moco.errors import UserError
-from moco.publish import push_backbone
+from moco.publish import check_push, push_backbone
 
 SETTINGS = {"recipe": "v2", "arch": "resnet10", "data": "shapes", "lr": 0.03, "versions": {"torch": "2.99"}}
 
@@ -50,7 +50,7 @@ def front_matter(text):
 
 def test_a_push_sends_the_backbone_and_its_card_and_nothing_else(run, hub, capfd):
     address = push_backbone(run, "user/first", private=True)
-    assert address == f"{hub.url}/user/first" and hub.created == {"user/first": "private"}
+    assert address == f"{hub.url}/user/first" and hub.created["user/first"] == "private"
     sent = hub.files("models", "user/first")
     assert set(sent) == {"model.safetensors", "config.json", "README.md", "curves.png"}
     for name in ("model.safetensors", "config.json"):
@@ -64,6 +64,9 @@ def test_a_push_sends_the_backbone_and_its_card_and_nothing_else(run, hub, capfd
     output = capfd.readouterr()
     assert not any(TOKEN in text for text in (output.out, output.err, card, sent["config.json"].read_text()))
     push_backbone(run, "user/first")  # again, into a repository that is there
+    push_backbone(run, "user/public")
+    with pytest.raises(UserError, match="there already, and public"):
+        push_backbone(run, "user/public", private=True)
 
 
 def test_what_was_pushed_loads_back_in_every_library(run, hub, monkeypatch):
@@ -98,7 +101,8 @@ def test_results_come_into_the_card_only_for_the_weights_they_were_measured_on(r
     (copy / "linear_probe").mkdir()
     digest = weights_digest(load_file(copy / "backbone" / "model.safetensors"))
     results = {
-        "data": "some/images", "classes": 10, "validation_images": 23, "held_out_images": 7, "approximate": False,
+        "data": "some/images", "data_on_hub": True, "classes": 10, "validation_images": 23, "held_out_images": 7,
+        "approximate": False,
         "classifiers": [{}, {}], "lr": 3.0, "top1": 81.25, "top5": 99.5, "knn": {"200": {"top1": 70.5, "top5": 98.0}},
     }  # fmt: skip
     for measured_on, shown in ((digest, True), ("0" * 64, False)):
@@ -143,6 +147,13 @@ def test_a_push_that_is_refused_can_be_repeated(run, hub, monkeypatch):
     assert (run / "backbone" / "README.md").exists()  # written before anything was sent
     push_backbone(run, "user/first")
     assert "model.safetensors" in hub.files("models", "user/first")
+
+
+def test_a_push_that_could_not_succeed_is_refused_before_the_run(hub, monkeypatch):
+    check_push("user/first")
+    assert "name USER/NAME" in refusal(check_push, "not a name")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    assert "hf auth login" in refusal(check_push, "user/first")
 
 
 def test_a_run_without_a_backbone_cannot_be_pushed(tmp_path):

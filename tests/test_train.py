@@ -153,8 +153,8 @@ def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_pat
 
 
 def test_simclr_on_one_and_two_processes(folder, tmp_path):
-    """The loss is over the global batch and its gradient whole, with BatchNorm over each half."""
-    flags = ["--recipe", "simclr", "--batch-size", 32, "--bn-batch", 16, "--epochs", 3, "--warmup-epochs", 1]
+    """The loss is over the global batch and its gradient whole, with two BatchNorm groups a process."""
+    flags = ["--recipe", "simclr", "--batch-size", 32, "--bn-batch", 8, "--epochs", 3, "--warmup-epochs", 1]
     train(folder, tmp_path / "one", *flags, "--workers", 0, "--knn-every", 0)
     train(folder, tmp_path / "two", *flags, "--workers", 0, "--knn-every", 0, processes=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
@@ -236,16 +236,22 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(folder, uninterrupted, tm
     assert_same_run(output, uninterrupted)
 
 
-def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(folder, tmp_path):
+@pytest.mark.parametrize("target", ["the second process", "the launcher"])
+def test_sigterm_to_two_processes_stops_both_at_the_same_step(folder, tmp_path, target):
+    """The launcher passes it on to the process groups, where data workers must not end by it."""
     output = tmp_path / "run"
-    flags = ["--data", folder, "--output", output, *SMALL, *RUN, "--epochs", "500", "--workers", "0"]
+    flags = ["--data", folder, "--output", output, *SMALL, *RUN, "--epochs", "500", "--workers", "1"]
     launcher = start_script("train_moco.py", *flags, processes=2)
     wait_for_step(launcher, output, 4)
-    second = next(p for p in psutil.Process(launcher.pid).children() if p.environ()["RANK"] == "1")
-    second.send_signal(signal.SIGTERM)
+    stopped = launcher
+    if target == "the second process":
+        stopped = next(p for p in psutil.Process(launcher.pid).children() if p.environ()["RANK"] == "1")
+    stopped.send_signal(signal.SIGTERM)
     _, stderr = launcher.communicate(timeout=120)
     step = final_state(output)[1]["step"]
-    assert f"stopped after step {step}" in stderr and stderr.count("exitcode  : 143") >= 1
+    assert f"stopped after step {step}" in stderr
+    if target == "the second process":
+        assert stderr.count("exitcode  : 143") >= 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path):
