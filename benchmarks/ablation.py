@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.backbone import load_backbone
 from moco.data import decode_image, load_splits
 from moco.knn import extract_features
-from moco.report import save_neighbours
+from moco.report import save_contact_sheet, save_neighbours
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cpu": 40, "gpu": 100}
@@ -178,7 +178,8 @@ def main():
         of_first_seed = {row: folder for (row, _, seed), folder in zip(jobs, folders) if seed == args.seeds[0]}
         arch = "resnet18" if args.size == "gpu" else "resnet10"
         draw_neighbours(output / "neighbours.png", {row: of_first_seed[row] for row in shown}, arch)
-        print(output / "neighbours.png")
+        save_contact_sheet(output / "shapes.jpg")
+        print(output / "neighbours.png", output / "shapes.jpg", sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from moco.data import CenterCrops, loader, ordered_keys, sample_rows, split_rows
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 SIMILARITIES = 2**26  # entries of the similarity matrix at a time: 256 MB in float32
-MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most: a minute on ImageNet
+MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most
 
 
 @torch.no_grad()
