@@ -36,6 +36,7 @@ from moco.checkpoint import (
 )
 from moco.coco import check_pycocotools
 from moco.data import MAX_UNDECODABLE, loader, name_undecodable
+from moco.detection import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_keys
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names
 from moco.errors import UserError, one_line_errors
@@ -54,7 +55,6 @@ from moco.run import (
     start_accelerator,
 )
 from moco.schedule import warmup_step_rate
-from moco.voc import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_keys
 
 # The reference's configurations, by the data; each entry is the default of the flag of its name.
 VOC = {"image_size": [*range(480, 801, 32)], "iterations": 24_000, "warmup": 100}

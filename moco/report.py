@@ -14,8 +14,8 @@ from moco.augment import MEAN, RECIPES, STD, ViewAugment, random_crop_boxes, sam
 from moco.checkpoint import read_metrics
 from moco.coco import decode_masks
 from moco.data import UNDECODABLE, CropPairs, crop_generator, decode_image, read_image
+from moco.detection import encoded_image
 from moco.shapes import CLASSES, draw_scene
-from moco.voc import encoded_image
 
 
 def save_views(path, dataset, keys, recipe, size, batch_size, seed):
@@ -112,7 +112,7 @@ def save_detection_curves(path, metrics):
 def save_detections(path, records, predictions, classes, images=6, threshold=0.5):
     """Some test images, a column each: the objects above, below what the detector finds with a score of `threshold`.
 
-    records, predictions: of moco.voc and `moco.detector.detect`, in the same order.
+    records, predictions: of moco.detection and `moco.detector.detect`, in the same order.
     """
     chosen = [index for index, record in enumerate(records) if len(record["boxes"])][: 10 * images : 10] or [0]
     figure, axes = plt.subplots(2, len(chosen), figsize=(3 * len(chosen), 6.6), squeeze=False, layout="constrained")

@@ -13,9 +13,9 @@ import torch
 from folders import HEIGHT, SIZE, scenes, write_coco, write_hub, write_voc
 
 from moco.coco import decode_masks, encode_masks
+from moco.detection import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection
 from moco.detector import mask_targets
 from moco.errors import UserError
-from moco.voc import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection
 
 
 def perfect(records):

@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 from moco.coco import encode_masks
+from moco.detection import objects
 from moco.report import annotated, save_detections, save_neighbours
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
-from moco.voc import objects
 
 
 def test_neighbours_of_another_class_alone_are_framed(tmp_path):

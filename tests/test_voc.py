@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 
+from moco.detection import micro_batch_keys, resized_shape
 from moco.schedule import warmup_step_rate
-from moco.voc import evaluate_voc, micro_batch_keys, resized_shape
+from moco.voc import evaluate_voc
 
 
 def per_image(description):
