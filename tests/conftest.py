@@ -12,10 +12,11 @@ import datasets
 import pytest
 import torch
 
-from moco.checkpoint import read_metrics
+from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 from moco.shapes import draw_scene, encode_jpeg
 
 ROOT = Path(__file__).parent.parent
+TIMES = {"images_per_second", "data_seconds", "data_share"}  # what two runs of the same numbers differ in
 torch.set_num_threads(1)
 
 
@@ -73,3 +74,13 @@ def write_parquet(path, split, numbers, rows):
     labels = [int(labels[0]) for _, labels, _ in scenes]
     part = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
     part.to_parquet(path, batch_size=rows)
+
+
+def metrics_of(output):
+    """The lines of a run's log without what two runs of the same numbers differ in."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(output / "metrics.jsonl")]
+
+
+def final_state(output):
+    """(tensors, state) of a run's newest checkpoint."""
+    return load_checkpoint(complete_checkpoints(output / "checkpoints")[-1])

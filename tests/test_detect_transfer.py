@@ -16,7 +16,7 @@ from io import StringIO
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, run_script
+from conftest import ROOT, final_state, metrics_of, run_script
 from folders import write_coco, write_voc
 from hub import TOKEN, serving
 from huggingface_hub import ModelCard
@@ -27,7 +27,7 @@ from two_processes import seen
 
 import detect_transfer
 from moco.backbone import load_backbone, save_backbone
-from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.checkpoint import read_metrics
 from moco.detector import build_detector, precise_statistics
 from moco.encoder import build_encoder
 from moco.errors import one_line_errors
@@ -35,7 +35,6 @@ from moco.publish import prepare_folder
 from moco.schedule import warmup_step_rate
 
 KEYS = ("AP", "AP50", "AP75")
-TIMES = {"images_per_second", "data_seconds", "data_share"}  # what two runs of the same numbers differ in
 SMALL = (
     "--backbone random --arch resnet10 --image-size 48 64 --anchor-sizes 16 32 --roi-batch 8 --batch-size 4"
     " --micro-batch 2 --iterations 6 --warmup 2 --lr 0.005 --mixed-precision no --log-every 1"
@@ -72,14 +71,6 @@ def transfer(data, output, *flags, processes=1):
     done = run_here(*command) if processes == 1 else run_script(*command, processes=processes)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def metrics_of(output):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(output / "metrics.jsonl")]
-
-
-def final_state(output):
-    return load_checkpoint(complete_checkpoints(output / "checkpoints")[-1])
 
 
 # ---- stopped and resumed

@@ -15,20 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import run_script, start_script, wait_for_step
+from conftest import TIMES, final_state, metrics_of, run_script, start_script, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import train_moco
 from moco.augment import ViewAugment, sample_params
-from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.checkpoint import read_metrics
 from moco.data import load_splits, train_batches, train_keys
 from moco.encoder import build_encoder
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.shuffle import shuffle_order
 
-TIMES = {"images_per_second", "data_seconds", "data_share"}  # what two runs of the same numbers differ in
 SMALL = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1".split()
 
 
@@ -47,14 +46,6 @@ def train(folder, output, *flags, processes=1):
     done = run_script("train_moco.py", "--data", folder, "--output", output, *SMALL, *flags, processes=processes)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def metrics_of(output):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(output / "metrics.jsonl")]
-
-
-def final_state(output):
-    return load_checkpoint(complete_checkpoints(output / "checkpoints")[-1])
 
 
 def assert_same_run(output, expected):
