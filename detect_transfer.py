@@ -292,7 +292,7 @@ def main():
     detector = detector.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(parameter_groups(detector), args.lr, **SGD)
     detector, optimizer = accelerator.prepare(detector, optimizer)
-    unwrapped = accelerator.unwrap_model(detector)  # to evaluate and to save
+    unwrapped = accelerator.unwrap_model(detector, keep_torch_compile=False)  # to evaluate and to save
     norms = batch_norms(unwrapped)  # none where they are frozen
     losses_of = ["loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
     losses_of += ["loss_mask"] if data.metric == "COCO" else []

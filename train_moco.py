@@ -19,6 +19,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DynamoBackend
 from torch import nn
 from tqdm import tqdm
 
@@ -272,7 +273,10 @@ def main():
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
     )
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
-    unwrapped = accelerator.unwrap_model(query_encoder)  # to evaluate and to save
+    unwrapped = accelerator.unwrap_model(query_encoder, keep_torch_compile=False)  # to evaluate and to save
+    dynamo = accelerator.state.dynamo_plugin  # accelerate launch --dynamo_backend compiles what is prepared
+    if dynamo.backend != DynamoBackend.NO and not end_to_end:
+        key_encoder.compile(**dynamo.to_kwargs())
     encoders = [unwrapped] if end_to_end else [unwrapped, key_encoder]
     augment = ViewAugment(args.augment)
 

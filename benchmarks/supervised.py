@@ -55,7 +55,7 @@ def main():
         if step % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.2f}")
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    encoder = accelerator.unwrap_model(encoder)
+    encoder = accelerator.unwrap_model(encoder, keep_torch_compile=False)
     save_backbone(args.output / "backbone", encoder, args.arch, size, "supervised", {"data": "shapes"} | settings)
 
 

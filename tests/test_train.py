@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
     return root
 
 
-def train(folder, output, *flags, processes=1):
-    done = run_script("train_moco.py", "--data", folder, "--output", output, *SMALL, *flags, processes=processes)
+def train(folder, output, *flags, **options):
+    done = run_script("train_moco.py", "--data", folder, "--output", output, *SMALL, *flags, **options)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -270,6 +270,14 @@ def test_the_backbone_is_torchvisions_without_its_head(uninterrupted):
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32] and config["pretrained_cfg"]["classifier"] == "fc"
     encoder = final_state(uninterrupted)[0]["query_encoder"]
     assert all(value.equal(encoder[name]) for name, value in weights.items())
+
+
+def test_a_compiled_run_is_saved_as_one_that_is_not(folder, uninterrupted, tmp_path):
+    """The backend runs the captured graph without rewriting it: every name and number stays."""
+    train(folder, tmp_path / "run", *RUN, "--workers", 0, ACCELERATE_DYNAMO_BACKEND="eager")
+    assert_same_run(tmp_path / "run", uninterrupted)
+    backbone, expected = (load_file(run / "backbone" / "model.safetensors") for run in (tmp_path / "run", uninterrupted))
+    assert backbone.keys() == expected.keys()
 
 
 def test_the_run_folder_holds_the_flags_the_log_and_the_pictures(uninterrupted):
