@@ -3,7 +3,7 @@
 accelerate launch detect_transfer.py --data shapes --backbone runs/v2-shapes     the built-in data, minutes on two cores
 accelerate launch detect_transfer.py --data VOCdevkit --backbone USER/NAME       VOC07+12 trainval, VOC07 test
 accelerate launch detect_transfer.py --data COCO --backbone USER/NAME            boxes and masks, the 2x schedule
-accelerate launch detect_transfer.py --output RUN --resume                       go on where RUN stopped
+accelerate launch detect_transfer.py --output RUN/detection --resume               go on where it stopped
 """
 
 import math
@@ -50,6 +50,7 @@ from moco.run import (
     fast_bf16,
     finish,
     flag_parser,
+    given_flags,
     nearest_multiples,
     parse_resumed,
     start_accelerator,
@@ -71,7 +72,8 @@ SGD = {"momentum": 0.9, "weight_decay": 1e-4}
 PRECISE_ITERATIONS = 200  # TEST.PRECISE_BN.NUM_ITER; of small data an epoch
 # What a resumed run may change; everything else is what its numbers depend on.
 FREE_ON_RESUME = {
-    "output", "resume", "evaluate", "workers", "keep", "checkpoint_every", "evaluate_every", "push_to_hub",
+    "output", "resume", "evaluate", "backbone", "workers", "keep", "checkpoint_every", "evaluate_every", "log_every",
+    "push_to_hub",
 }  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def parse_args():
         nargs="+",
         help="short sides, one drawn for each image; the last is the test's [480 512 ... 800, COCO: from 640]",
     )
-    add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
+    add("--workers", type=int, metavar="N", default=8, help="data-loading processes for each process [%(default)s]")
     add = parser.add_argument_group("detector").add_argument
     add("--bn", choices=("sync", "frozen"), default="sync", help="sync: trained, over all processes [%(default)s]")
     add("--micro-batch", type=int, metavar="N", default=2, help="images a forward pass and process [%(default)s]")
@@ -118,13 +120,13 @@ def parse_args():
     add("--output", type=Path, metavar="RUN", help="the run folder [detection/ in that of the backbone, or in runs/]")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
-    add("--evaluate-every", type=int, metavar="STEPS", default=0, help="0: at the end alone [%(default)s]")
+    add("--evaluate-every", type=int, metavar="STEPS", default=0, help="0: only at the end [%(default)s]")
     add("--checkpoint-every", type=int, metavar="STEPS", default=1000, help="and at the end [%(default)s]")
     add("--keep", type=int, metavar="N", default=2, help="checkpoints to keep, the newest [%(default)s]")
     add("--log-every", type=int, metavar="STEPS", default=20, help="a line in metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
-    given, _ = parser.parse_known_args()
+    given = given_flags(parser)
     parser.set_defaults(**defaults_of(given.data, given.schedule))
     args = parser.parse_args()
     if args.output is None:
@@ -314,6 +316,7 @@ def main():
         load_optimizer_tensors(optimizer, tensors["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
+        del tensors
         start, window, undecodable = state["step"], state["window"], state["undecodable"]
     accelerator.wait_for_everyone()  # nobody writes before everybody has read
     if is_main:

@@ -4,7 +4,7 @@ accelerate launch linear_probe.py --data shapes --backbone runs/v2-shapes      t
 accelerate launch linear_probe.py --backbone runs/v2-imagenet-1k               the paper's protocol, on ImageNet
 accelerate launch linear_probe.py --backbone USER/NAME --lr 3 10 30 100        four classifiers in the one pass
 accelerate launch linear_probe.py --backbone USER/NAME --cached-features --knn minutes instead of hours, approximate
-accelerate launch linear_probe.py --output RUN --resume                        go on where RUN stopped
+accelerate launch linear_probe.py --output RUN/linear_probe --resume          go on where it stopped
 """
 
 import math
@@ -59,6 +59,7 @@ from moco.run import (
     default_output,
     finish,
     flag_parser,
+    given_flags,
     nearest_multiples,
     parse_resumed,
     start_accelerator,
@@ -71,8 +72,8 @@ SHAPES = {"image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
 HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among several --lr: at most, and share at most
 # What a resumed run may change; everything else is what its numbers depend on.
 FREE_ON_RESUME = {
-    "output", "resume", "evaluate", "workers", "shuffle_window", "keep", "checkpoint_every", "evaluate_every", "knn",
-    "knn_temperature", "push_to_hub",
+    "output", "resume", "evaluate", "backbone", "data", "workers", "shuffle_window", "keep", "checkpoint_every",
+    "evaluate_every", "log_every", "knn", "knn_temperature", "push_to_hub",
 }  # fmt: skip
 
 
@@ -94,8 +95,8 @@ def parse_args():
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
     add("--no-streaming", action="store_true", help="download parquet files instead of reading them where they lie")
     add("--shuffle-window", type=int, metavar="ROWS", default=800, help="shuffled at a time in a stream [%(default)s]")
-    add("--image-size", type=int, metavar="PIXELS", default=224, help="side of a crop [%(default)s]")
-    add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
+    add("--image-size", type=int, metavar="PIXELS", help="side of a crop [as the backbone was trained, else 224]")
+    add("--workers", type=int, metavar="N", default=8, help="data-loading processes for each process [%(default)s]")
     add = parser.add_argument_group("classifier").add_argument
     add("--lr", type=float, metavar="LR", nargs="+", default=[30.0], help="of several, all are trained at once [30]")
     add("--epochs", type=int, metavar="N", default=100, help="lr / 10 at 60 %% and 80 %% of them [%(default)s]")
@@ -120,7 +121,7 @@ def parse_args():
     add("--log-every", type=int, metavar="STEPS", default=50, help="a line in metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
-    given, _ = parser.parse_known_args()
+    given = given_flags(parser)
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     args = parser.parse_args()
     if args.output is None and args.backbone is not None:
@@ -139,7 +140,7 @@ def parse_args():
 def check_args(args, processes):
     """Raise UserError for values that cannot work, before anything is read or written."""
     limits = {
-        "image_size": (args.image_size >= 16, "at least 16"),
+        "image_size": (args.image_size is None or args.image_size >= 16, "at least 16"),
         "shuffle_window": (args.shuffle_window >= 1, "at least 1"),
         "workers": (args.workers >= 0, "0 or more"),
         "arch": (args.arch is None or args.arch in resnet_names(), f"one of {', '.join(resnet_names())}"),
@@ -309,6 +310,7 @@ def main():
     args = parse_args()
     accelerator = start_accelerator(args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision
+    torch.backends.cudnn.benchmark = True  # all batches are of one size
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
@@ -323,6 +325,7 @@ def main():
     train_set, test_set = load_splits(
         args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
     )
+    args.image_size = args.image_size or backbone.image_size or 224
     arch, _ = fitting_arch(backbone.state_dict())
     width = feature_width(backbone.state_dict())
     digest = weights_digest(backbone.state_dict())
@@ -345,8 +348,7 @@ def main():
     read_image(train_set, 0)  # where nothing can be decoded, say so now
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    where = (rank, world, args.workers, args.shuffle_window)
-    rows = {} if args.cached_features else row_order(train_set, *where[1:])
+    rows = {} if args.cached_features else row_order(train_set, world, args.workers, args.shuffle_window)
 
     # ---- classifiers, equal on every process, since their seed and their updates are
     classifiers = LinearClassifiers(width, classes, len(args.lr), args.seed).to(device)
@@ -424,6 +426,7 @@ def main():
         keys = batch_keys(len(train_set), args.batch_size, args.seed, start, rank, world)
         batches = iter(loader(CachedFeatures(args.output / "features"), keys, workers=0))
     elif start < total_steps:  # else workers would read for nothing
+        where = (rank, world, args.workers, args.shuffle_window)
         keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
         batches = iter(loader(LabelledCrops(train_set, args.image_size, args.seed), keys, args.workers))
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
@@ -519,7 +522,9 @@ def main():
         features, labels, failed = extract_features(
             backbone, test_set, range(len(test_set)), args.image_size, args.workers, accelerator
         )
-        bank, bank_labels, failed_too = feature_bank(backbone, train_set, args.image_size, args.workers, accelerator)
+        bank, bank_labels, failed_too = feature_bank(
+            backbone, train_set, range(len(train_set)), args.image_size, args.workers, accelerator
+        )
         name_undecodable(failed + failed_too, named, accelerator)
         knn = (features, labels, bank, bank_labels, classes, args.knn, args.knn_temperature, accelerator)
         results["knn"] = {str(k): accuracy for k, accuracy in knn_evaluate(*knn).items()}

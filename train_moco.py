@@ -61,6 +61,7 @@ from moco.run import (
     fast_bf16,
     finish,
     flag_parser,
+    given_flags,
     nearest_multiples,
     parse_resumed,
     start_accelerator,
@@ -87,7 +88,10 @@ SHAPES = {
     "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
 }  # fmt: skip
 # What a resumed run may change; everything else is what its numbers depend on.
-FREE_ON_RESUME = {"output", "resume", "workers", "shuffle_window", "keep", "checkpoint_every", "tracker", "push_to_hub"}
+FREE_ON_RESUME = {
+    "output", "resume", "data", "workers", "shuffle_window", "keep", "checkpoint_every", "log_every", "knn_every",
+    "tracker", "push_to_hub",
+}  # fmt: skip
 
 
 def parse_args():
@@ -105,11 +109,11 @@ def parse_args():
     add("--no-streaming", action="store_true", help="download parquet files instead of reading them where they lie")
     add("--shuffle-window", type=int, metavar="ROWS", default=800, help="shuffled at a time in a stream [%(default)s]")
     add("--image-size", type=int, metavar="PIXELS", default=224, help="side of a view [%(default)s]")
-    add("--workers", type=int, metavar="N", default=8, help="readers of images for each process [%(default)s]")
+    add("--workers", type=int, metavar="N", default=8, help="data-loading processes for each process [%(default)s]")
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", choices=RECIPES, default="v2", help="row of the paper's ablation: sets the next five [%(default)s]")
+    add("--recipe", choices=RECIPES, default="v2", help="row of the ablation, or simclr; sets defaults [%(default)s]")
     add("--head", choices=("fc", "mlp"), help="projection head [%(default)s]")
-    add("--augment", choices=AUGMENTATIONS, help="v1: gray, jitter; v2: jitter, gray, blur; simclr: more [%(default)s]")
+    add("--augment", choices=AUGMENTATIONS, help="v2: with blur; simclr: stronger, smaller crops too [%(default)s]")
     add("--temperature", type=float, metavar="T", help="of the softmax over similarities [%(default)s]")
     add("--schedule", choices=SCHEDULES, help="step: lr / 10 at 60 %% and 80 %% of the epochs [%(default)s]")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="[%(default)s; simclr: lars]")
@@ -117,16 +121,16 @@ def parse_args():
     add("--arch", default="resnet50", help="a torchvision ResNet, or resnet10 [%(default)s]")
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3, no pooling [%(default)s]")
     add("--dim", type=int, metavar="C", default=128, help="width of queries and keys [%(default)s]")
-    add("--queue-size", type=int, metavar="K", default=65536, help="keys in the queue [%(default)s]")
-    add("--encoder-momentum", type=float, metavar="M", default=0.999, help="of the key encoder [%(default)s]")
+    add("--queue-size", type=int, metavar="K", default=65536, help="keys in the queue [%(default)s; simclr: none]")
+    add("--encoder-momentum", type=float, metavar="M", default=0.999, help="of keys [%(default)s; simclr: none]")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", default=200, help="passes over the data [%(default)s]")
     add("--batch-size", type=int, metavar="N", default=256, help="images a step, over all processes [%(default)s]")
     add("--bn-batch", type=int, metavar="N", default=32, help="images that share BatchNorm [%(default)s; simclr: all]")
-    add("--lr", type=float, metavar="LR", default=0.03, help="at the start [%(default)s; simclr: 0.3 x batch / 256]")
+    add("--lr", type=float, metavar="LR", default=0.03, help="for batch 256 [%(default)s; simclr: 0.3 x batch / 256]")
     add("--warmup-epochs", type=int, metavar="N", default=10, help="of schedule warmup-cosine [%(default)s]")
     add("--sgd-momentum", type=float, metavar="M", default=0.9, help="of the optimizer [%(default)s]")
-    add("--weight-decay", type=float, metavar="W", default=1e-4, help="lars: of matrices [%(default)s; simclr: 1e-6]")
+    add("--weight-decay", type=float, metavar="W", default=1e-4, help="lars: not of norms [%(default)s; simclr: 1e-6]")
     add("--seed", type=int, metavar="N", default=0, help="of weights, queue, order and augmentation [%(default)s]")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
     add = parser.add_argument_group("run").add_argument
@@ -146,7 +150,7 @@ def parse_args():
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone when the run is done")
     parser.set_defaults(**RECIPES["v2"])  # for --help to show
 
-    given, _ = parser.parse_known_args()
+    given = given_flags(parser)
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     parser.set_defaults(**RECIPES[given.recipe])
     args = parser.parse_args()
@@ -175,7 +179,7 @@ def check_args(args, processes, device_type):
             f"at least 0 and below the {args.epochs} epochs",
         ),
         "batch_size": (args.batch_size >= 1, "at least 1"),
-        "bn_batch": (args.bn_batch >= 1, "at least 1"),
+        "bn_batch": (args.bn_batch >= 2, "at least 2, for BatchNorm to have something to average"),
         "lr": (0 < args.lr < math.inf, "above 0"),
         "sgd_momentum": (0 <= args.sgd_momentum < 1, "at least 0 and below 1"),
         "weight_decay": (0 <= args.weight_decay < math.inf, "0 or more"),
@@ -219,7 +223,8 @@ def print_settings(args, images, processes, groups, candidates):
         f" {args.batch_size // processes // groups} images, BatchNorm over {args.bn_batch}",
         f"{args.optimizer.upper():7} {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum},"
         f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
-        f"loss    chance is log({candidates}) = {math.log(candidates):.2f}; expect it there at first",
+        f"loss    chance is log({candidates}) = {math.log(candidates):.2f}"
+        + ("" if end_to_end else f"; lower for {-(-args.queue_size // args.batch_size)} steps, which fill the queue"),
         f"output  {args.output}",
         sep="\n",
     )
@@ -231,6 +236,7 @@ def main():
         args.mixed_precision = "bf16"
     accelerator = start_accelerator(args.mixed_precision, log_with=args.tracker, project_dir=args.output)
     args.mixed_precision = accelerator.mixed_precision
+    torch.backends.cudnn.benchmark = True  # all batches are of one size
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world, device.type)
@@ -255,8 +261,10 @@ def main():
     end_to_end = args.recipe == "simclr"
     micro_batches = max(1, n // args.bn_batch)
     candidates = 2 * args.batch_size - 1 if end_to_end else 1 + args.queue_size  # one of which is the positive
-    where = (rank, world, args.workers, args.shuffle_window)
-    rows = row_order(train_set, *where[1:])
+    rows = row_order(train_set, world, args.workers, args.shuffle_window)
+
+    def keys_from(step):
+        return train_keys(train_set, args.batch_size, args.seed, step, rank, world, args.workers, args.shuffle_window)
 
     # ---- encoders and queue: equal on every process, since their seed and their updates are
     torch.manual_seed(args.seed)
@@ -297,6 +305,7 @@ def main():
         load_optimizer_tensors(optimizer, tensors["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
+        del tensors
         saved, totals, undecodable = state["step"], state["totals"], state["undecodable"]
         start = saved
         if state["rows"] != rows:  # its images of this epoch cannot be told from those to come
@@ -317,7 +326,7 @@ def main():
         else:
             write_json(args.output / "args.json", vars(args) | {"output": str(args.output)} | provenance(world))
             metrics.write_text("")
-            first_rows = next(train_keys(train_set, args.batch_size, args.seed, 0, *where))[0][:8]
+            first_rows = next(keys_from(0))[0][:8]
             save_views(
                 args.output / "views.png",
                 train_set,
@@ -328,10 +337,8 @@ def main():
                 args.seed,
             )
         if not with_knn:
-            print(
-                "kNN     off: "
-                + ("--knn-every 0" if args.knn_every == 0 else f"--data {args.data} has no labels from 0 on")
-            )
+            no_labels = f"--data {args.data} has no labels (whole numbers from 0)"
+            print("kNN     off:", "--knn-every 0" if args.knn_every == 0 else no_labels)
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
 
@@ -366,8 +373,7 @@ def main():
         save(start)
 
     if start < total_steps:  # else workers would read for nothing
-        keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
-        batches = train_batches(train_set, args.image_size, args.seed, args.augment, keys, args.workers)
+        batches = train_batches(train_set, args.image_size, args.seed, args.augment, keys_from(start), args.workers)
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     positive = torch.zeros(args.bn_batch, dtype=torch.long, device=device)  # the positive is column 0
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main)
@@ -420,19 +426,20 @@ def main():
         # ---- what every process must know; to read it is the step's only wait for the device
         told = torch.stack([total_loss, correct, *total_loss.new_tensor([len(failed), len(stopping)])])
         told = accelerator.gather(told[None]).tolist()  # a row a process
-        for process, (loss, *_) in enumerate(told):
-            if not math.isfinite(loss):
+        for process, (process_loss, *_) in enumerate(told):
+            if not math.isfinite(process_loss):
                 kept = complete_checkpoints(checkpoints)[-1]
-                finish(accelerator, 1, f"the loss is {loss} at step {step} on process {process}; {kept} is kept")
-        loss, correct, failures, stop = (sum(column) for column in zip(*told, strict=True))
+                line = f"the loss is {process_loss} at step {step} on process {process}; {kept} is kept"
+                finish(accelerator, 1, line)
+        loss_sum, correct_sum, failures, stop = (sum(column) for column in zip(*told, strict=True))
         if failures:
             name_undecodable(failed, named, accelerator)
             undecodable += int(failures)
             if undecodable > MAX_UNDECODABLE * len(train_set):
                 raise UserError(f"{undecodable} of {len(train_set)} images of --data {args.data} cannot be decoded")
         totals["steps"] += 1
-        totals["loss"] += loss / world
-        totals["correct"] += correct
+        totals["loss"] += loss_sum / world
+        totals["correct"] += correct_sum
         timing["steps"] += 1
         timing["seconds"] += time.perf_counter() - started
         bar.update()
@@ -471,12 +478,14 @@ def main():
     # ---- what the run leaves
     if is_main:
         settings = json.loads((args.output / "args.json").read_text())
-        tag = {"v1": "moco_v1", "simclr": "simclr"}.get(args.recipe, "moco_v2")
+        tag = "simclr" if end_to_end else f"moco_{args.recipe.replace('-', '_')}"
         save_backbone(args.output / "backbone", unwrapped, args.arch, args.image_size, tag, settings)
         print(f"backbone, views.png and curves.png are in {args.output}")
         if with_knn:
-            scores = [line["knn"] for line in read_metrics(metrics) if "knn" in line]
-            print(f"kNN accuracy {scores[-1]:.1f} %, of the random backbone at the start {scores[0]:.1f} %")
+            scores = {line["step"]: line["knn"] for line in read_metrics(metrics) if "knn" in line}
+            for step, what in ((total_steps, "kNN accuracy"), (0, "of the random backbone at the start")):
+                if step in scores:
+                    print(f"{what} {scores[step]:.1f} %")
         if args.push_to_hub:
             print(push_backbone(args.output, args.push_to_hub))
     accelerator.end_training()

@@ -3,8 +3,8 @@
 python benchmarks/cost.py                                                            ResNet-50, 224 pixels, bfloat16
 python benchmarks/cost.py --arch resnet10 --size 32 --batches 64 256 --images 6000   small, for a CPU
 
-MoCo takes a batch in BatchNorm groups of 32, so its memory is that of a group. What does not fit says so. Hours are for
-200 epochs of --images, from the median step without data loading.
+MoCo takes a batch in BatchNorm groups of 32, so activations are those of a group. What does not fit says so. Hours are
+for 200 epochs of --images, from the median step without data loading and augmentation.
 """
 
 import argparse

@@ -4,8 +4,9 @@ python benchmarks/step.py                                                 small,
 python benchmarks/step.py --arch resnet50 --size 224 --batch 256          a GPU, if there is one
 
 Plain: float32, contiguous, the whole batch at once, the momentum update a loop over parameters, a queue of columns.
-Ours: channels-last, BatchNorm groups with accumulation, one fused update. Each also under autocast to bfloat16. All
-variants take turns in one process; medians are printed, and ratios to plain. Linux only, for the memory.
+Ours: channels-last, BatchNorm groups with accumulation, one fused update. Each also under autocast to bfloat16; on GPUs
+since Ampere float32's convolutions are TF32, PyTorch's default. No augmentation. All variants take turns in one
+process; medians are printed, and ratios to plain. Linux only, for the memory.
 """
 
 import argparse
@@ -98,6 +99,7 @@ def our_step(args, precision, bn_batch):
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
     queue = KeyQueue(args.queue_size, 128).to(DEVICE)
     optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    bf16 = precision == "bf16"
     images = torch.randn(2, args.batch, 3, args.size, args.size, device=DEVICE)
     query_images, key_images = (view.contiguous(memory_format=torch.channels_last) for view in images)
     positive = torch.zeros(bn_batch, dtype=torch.long, device=DEVICE)
@@ -106,15 +108,16 @@ def our_step(args, precision, bn_batch):
     def step():
         nonlocal number
         number += 1
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-            momentum_update(query_encoder, key_encoder, 0.999)
-            order = shuffle_order(0, number, args.batch)
-            all_keys = encode_keys(key_encoder, key_images, order, bn_batch, accelerator)
-            for group, keys in zip(query_images.split(bn_batch), all_keys.split(bn_batch)):
-                q = F.normalize(query_encoder(group).float(), dim=1)
-                with torch.autocast(DEVICE.type, enabled=False):
-                    logits = contrastive_logits(q, keys, queue.keys, 0.2)
-                (F.cross_entropy(logits, positive) / (args.batch // bn_batch)).backward()
+        momentum_update(query_encoder, key_encoder, 0.999)
+        order = shuffle_order(0, number, args.batch)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            images = key_images.bfloat16() if bf16 else key_images  # as encode_keys does where Accelerate says bf16
+            all_keys = encode_keys(key_encoder, images, order, bn_batch, accelerator)
+        for group, keys in zip(query_images.split(bn_batch), all_keys.split(bn_batch)):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):  # entered anew, as Accelerate does
+                q = query_encoder(group)
+            logits = contrastive_logits(F.normalize(q.float(), dim=1), keys, queue.keys, 0.2)
+            (F.cross_entropy(logits, positive) / (args.batch // bn_batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
         queue.enqueue(all_keys)
@@ -232,12 +235,13 @@ def main():
     print(
         f"{args.arch}, {args.size} pixels, batch {args.batch}, K {args.queue_size}, {where}, torch {torch.__version__}"
     )
+    memory = {name: peak_memory(name) for name in variants(args)}  # first, while this process holds none
     times = take_turns({name: build() for name, build in variants(args).items()}, args.rounds)
     plain = times["plain, float32"]
     for name, took in times.items():
         print(
             f"{name:32} {took:8.1f} ms, {1000 * args.batch / took:7.1f} images/s, x {plain / took:.2f},"
-            f" peak memory {peak_memory(name):7.0f} MB"
+            f" peak memory {memory[name]:7.0f} MB"
         )
     print_parts(args.rounds)
 

@@ -6,6 +6,8 @@ each view of each image of the global batch, so that any number of processes see
 Source of each recipe: see `RECIPES`.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,9 @@ RECIPES = {
 }
 CROP_RATIO = (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BLUR_TAPS = 13  # three standard deviations of the widest blur on either side
+BLUR_SIGMA = (0.1, 2.0)  # pixels of a 224 pixel image
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+CHUNK = 64  # images augmented at a time: 77 MB a copy of both views at 224 pixels, of which it makes about five
 
 
 # ---- host: where to cut, and the cut
@@ -69,9 +72,15 @@ def to_float(crops):
     return crops.permute(0, 3, 1, 2).float() / 255
 
 
+def send(values, x):
+    """A small CPU tensor on x's device. Not to block spares a wait for all that the device still has to do."""
+    return values.to(x.device, non_blocking=True)
+
+
 def normalize(x):
     """Subtract ImageNet's mean and divide by its deviation, x: (N, 3, H, W) in [0, 1]."""
-    return (x - x.new_tensor(MEAN).view(1, 3, 1, 1)) / x.new_tensor(STD).view(1, 3, 1, 1)
+    mean, std = (send(torch.tensor(values, dtype=x.dtype), x).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (x - mean) / std
 
 
 def sample_params(recipe, n, seed, step):
@@ -91,7 +100,7 @@ def sample_params(recipe, n, seed, step):
         "factors": np.where(jitter, factors, (1, 1, 1, 0)).astype(np.float32),
         "order": rng.random((n, 2, 4)).argsort(axis=-1),
         "gray": rng.random((n, 2)) < settings["gray_p"],
-        "sigma": (rng.uniform(0.1, 2, (n, 2)) * (rng.random((n, 2)) < settings["blur_p"])).astype(np.float32),
+        "sigma": (rng.uniform(*BLUR_SIGMA, (n, 2)) * (rng.random((n, 2)) < settings["blur_p"])).astype(np.float32),
         "flip": rng.random((n, 2)) < 0.5,
     }
     return {name: torch.from_numpy(values) for name, values in params.items()}
@@ -133,19 +142,22 @@ def color_jitter(x, factors, order):
         factor = factors.gather(1, operation[:, None]).squeeze(1)
         keep = torch.where(operation == HUE, 1, factor)
         to_gray, to_mean = (1 - keep) * (operation == SATURATION), (1 - keep) * (operation == CONTRAST)
-        keep, to_gray, to_mean = (weight.to(x.device).view(-1, 1, 1, 1) for weight in (keep, to_gray, to_mean))
+        keep, to_gray, to_mean = (send(weight, x).view(-1, 1, 1, 1) for weight in (keep, to_gray, to_mean))
         hue_rows = (operation == HUE).nonzero().squeeze(1)  # known on the host: no wait for the device
-        turned = shift_hue(x[hue_rows.to(x.device)], factor[hue_rows].to(x.device))
+        factor, hue_rows = send(factor[hue_rows], x), send(hue_rows, x)
+        turned = shift_hue(x[hue_rows], factor)
         gray = luma(x)
         x = (keep * x + to_gray * gray + to_mean * gray.mean(dim=(2, 3), keepdim=True)).clamp(0, 1)
-        x[hue_rows.to(x.device)] = turned
+        x[hue_rows] = turned
     return x
 
 
-def gaussian_blur(x, sigma):
-    """Blur each image with its own sigma > 0 (N,), in pixels: 13 taps, reflected borders, as torchvision's."""
+def gaussian_blur(x, sigma, half):
+    """Blur each image with its own sigma > 0 (N,), in pixels, by `half` taps on either side; borders are reflected.
+
+    As torchvision's, which knows one sigma for all. half: three times the largest sigma leave nothing out.
+    """
     n, channels, height, width = x.shape
-    half = BLUR_TAPS // 2
     taps = torch.arange(-half, half + 1, device=x.device)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)  # (N * 3, taps)
@@ -169,6 +181,12 @@ class ViewAugment(nn.Module):
 
     @torch.no_grad()
     def forward(self, uint8_views, params):
+        starts = range(0, len(uint8_views), CHUNK)
+        of_chunk = [{name: values[i : i + CHUNK] for name, values in params.items()} for i in starts]
+        parts = [self.augment(uint8_views[i : i + CHUNK], chunk) for i, chunk in zip(starts, of_chunk)]
+        return tuple(torch.cat(views) for views in zip(*parts))
+
+    def augment(self, uint8_views, params):
         n, size = len(uint8_views), uint8_views.shape[2]
         x = to_float(uint8_views.transpose(0, 1).flatten(0, 1))  # (2n, 3, S, S), queries first
         factors, order, gray, sigma, flip = (
@@ -176,13 +194,14 @@ class ViewAugment(nn.Module):
         )
         if not self.gray_first:
             x = color_jitter(x, factors, order)
-        gray_rows = gray.nonzero().squeeze(1).to(x.device)
+        gray_rows = send(gray.nonzero().squeeze(1), x)
         x[gray_rows] = luma(x[gray_rows]).expand(-1, 3, -1, -1)
         if self.gray_first:
             x = color_jitter(x, factors, order)
         blurred_rows = sigma.nonzero().squeeze(1)
         if len(blurred_rows):
-            rows = blurred_rows.to(x.device)
-            x[rows] = gaussian_blur(x[rows], sigma[blurred_rows].to(x.device) * size / 224)
-        x = torch.where(flip.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
+            rows = send(blurred_rows, x)
+            half = max(6, math.ceil(3 * BLUR_SIGMA[1] * size / 224))
+            x[rows] = gaussian_blur(x[rows], send(sigma[blurred_rows], x) * size / 224, half)
+        x = torch.where(send(flip, x).view(-1, 1, 1, 1), x.flip(-1), x)
         return normalize(x).split(n)

@@ -43,9 +43,11 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
     such as "ResNet50_Weights.IMAGENET1K_V1"; or "random", drawn from `seed`.
     arch: a name of `resnet_names()`; None takes what the source says, else what its shapes fit; "random" then is a
     resnet50. encoder: "query", or "key" for the momentum encoder, where the source has both.
+    Its attribute `image_size` is the side in pixels of the images it was trained on, None where that is not known.
     Raises UserError where the keys or shapes are not exactly those of the architecture.
     """
     if source == "random":
+        check_single(source, encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_backbone(arch or "resnet50", "imagenet")
@@ -53,6 +55,7 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
     backbone = build_backbone(*fitting_arch(weights, arch or known.get("arch"), source))
     counters = {key: value for key, value in backbone.state_dict().items() if key.endswith("num_batches_tracked")}
     backbone.load_state_dict(counters | weights)
+    backbone.image_size = known.get("image_size")
     return backbone
 
 
@@ -69,15 +72,25 @@ def read_backbone(source, encoder="query"):
         weights, config = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_torch_file(path)
         return torchvision_keys(weights, source, encoder), config
     if "_Weights." in str(source):
+        check_single(source, encoder)
         return read_torchvision(str(source))
     name = str(source).removeprefix("hf-hub:")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(
-            f"--backbone {source} is neither a folder or file here, nor USER/NAME on the Hub, nor one of torchvision's"
+            f"{source} is neither a folder or file here, nor USER/NAME on the Hub, nor one of torchvision's"
             " weights (ResNet50_Weights.IMAGENET1K_V1), nor 'random'"
         )
     weights, config = read_hub(name)
     return torchvision_keys(weights, source, encoder), known_of(config)
+
+
+def check_single(source, encoder):
+    """Raise UserError where the momentum encoder is asked of what holds one encoder alone."""
+    if encoder == "key":
+        raise UserError(
+            f"--encoder key asks for the second of two encoders, but {source} holds one; leave the flag out, or name a"
+            " run folder or an official MoCo checkpoint"
+        )
 
 
 def read_folder(folder, encoder):
@@ -87,15 +100,17 @@ def read_folder(folder, encoder):
     if saved and encoder == "query":
         config = json.loads((saved / "config.json").read_text()) if (saved / "config.json").exists() else {}
         weights = read_safetensors(saved / "model.safetensors")
-        return torchvision_keys(weights, saved, encoder), known_of(config)
+        return torchvision_keys(weights, saved), known_of(config)
     tensors = load_checkpoint(checkpoints[-1])[0] if checkpoints else {}
-    if f"{encoder}_encoder" not in tensors:
+    if "query_encoder" not in tensors:
         raise UserError(
-            f"--backbone {folder} has no {encoder} encoder: neither backbone/model.safetensors nor a complete"
-            " checkpoint of train_moco.py is in it; name a run folder, or a file"
+            f"{folder} has no {encoder} encoder: neither backbone/model.safetensors nor a complete checkpoint of"
+            " train_moco.py is in it; name a run folder, or a file"
         )
+    if "key_encoder" not in tensors:
+        check_single(folder, encoder)
     settings = json.loads((folder / "args.json").read_text())
-    weights = torchvision_keys(tensors[f"{encoder}_encoder"], checkpoints[-1], encoder)
+    weights = torchvision_keys(tensors[f"{encoder}_encoder"], checkpoints[-1])
     return weights, {"arch": settings["arch"], "image_size": settings["image_size"], "settings": settings}
 
 
@@ -112,7 +127,7 @@ def read_torch_file(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"--backbone {path} is not read: it is no file of torch.save, or damaged, or holds more than tensors and"
+            f"{path} is not read: it is no file of torch.save, or damaged, or holds more than tensors and"
             f" plain values, which could run any code ({first_line(error)}); name a file of weights"
         ) from error
     weights = content
@@ -128,15 +143,15 @@ def read_torchvision(name):
     try:
         weights = torchvision.models.get_weight(name)
     except (ValueError, KeyError) as error:
-        raise UserError(f"--backbone {name} is not one of torchvision's weights ({first_line(error)})") from error
+        raise UserError(f"{name} is not one of torchvision's weights ({first_line(error)})") from error
     arch = name.split("_Weights.")[0].lower()
     if arch not in resnet_names():
-        raise UserError(f"--backbone {name} is no ResNet; the architectures are {', '.join(resnet_names())}")
+        raise UserError(f"{name} is no ResNet; the architectures are {', '.join(resnet_names())}")
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--backbone {name} cannot be downloaded: {first_line(error)}") from error
-    return torchvision_keys(state, name, "query"), {"arch": arch, "image_size": 224}
+        raise UserError(f"{name} cannot be downloaded: {first_line(error)}") from error
+    return torchvision_keys(state, name), {"arch": arch, "image_size": 224}
 
 
 def read_hub(name):
@@ -146,15 +161,15 @@ def read_hub(name):
     except huggingface_hub.errors.EntryNotFoundError as error:
         if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
             raise UserError(
-                f"--backbone {name} is neither here nor downloaded before, and the Hub cannot be reached"
+                f"{name} is neither here nor downloaded before, and the Hub cannot be reached"
                 f" ({first_line(error)}); try again when it can"
             ) from error
         raise UserError(
-            f"--backbone {name} has no config.json or no model.safetensors on the Hub; other weights are not read"
+            f"{name} has no config.json or no model.safetensors on the Hub; other weights are not read"
         ) from error
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError, OSError) as error:
         raise UserError(
-            f"--backbone {name} is neither here nor a repository you can read on the Hub ({first_line(error)}); check"
+            f"{name} is neither here nor a repository you can read on the Hub ({first_line(error)}); check"
             " the name, or if it is private or gated accept its terms there and run `hf auth login`"
         ) from error
     return read_safetensors(paths[1]), json.loads(Path(paths[0]).read_text())
@@ -170,7 +185,7 @@ def known_of(config):
     return {name: value for name, value in known.items() if value}
 
 
-def torchvision_keys(weights, source, encoder):
+def torchvision_keys(weights, source, encoder="query"):
     """The backbone's part of a state dict under torchvision's keys, contiguous; every other key must be a known one.
 
     Known layouts: torchvision and timm, the official MoCo checkpoint, detectron2's, an encoder of a run here.
@@ -178,6 +193,8 @@ def torchvision_keys(weights, source, encoder):
     """
     encoders = {"query": "module.encoder_q.", "key": "module.encoder_k."}
     others = ("fc.",)
+    if not any(key.startswith(encoders["key"]) for key in weights):
+        check_single(source, encoder)
     if any(key.startswith(tuple(encoders.values())) for key in weights):
         prefix = encoders.pop(encoder)
         others = (f"{prefix}fc.", *encoders.values(), "module.queue", "module.queue_ptr")
@@ -194,12 +211,12 @@ def torchvision_keys(weights, source, encoder):
     }
     if "conv1.weight" not in backbone:
         raise UserError(
-            f"--backbone {source} holds no ResNet's {encoder} encoder but {few(weights)}; name weights with a backbone,"
+            f"{source} holds no ResNet's {encoder} encoder but {few(weights)}; name weights with a backbone,"
             " not those of a head or of another kind of network"
         )
     unknown = [key for key in weights if key not in renamed and not key.startswith(others)]
     if unknown:
-        raise UserError(f"--backbone {source} has unexpected keys: {few(unknown)}")
+        raise UserError(f"{source} has unexpected keys: {few(unknown)}")
     return backbone
 
 
@@ -236,7 +253,7 @@ def fitting_arch(weights, arch=None, source="weights"):
     best = min(wrong, key=lambda name: len(wrong[name]))
     if wrong[best]:
         nearest = f"--arch {best}" if arch else f"any --arch, {best} being the nearest"
-        raise UserError(f"--backbone {source} does not fit {nearest}: {few(wrong[best])}")
+        raise UserError(f"{source} does not fit {nearest}: {few(wrong[best])}")
     return best, stem
 
 
@@ -248,7 +265,7 @@ def feature_width(weights):
 def build_backbone(arch, stem):
     """A ResNet of `build_encoder` whose head is the identity."""
     backbone = build_encoder(arch, head="fc", stem=stem)
-    backbone.fc = nn.Identity()
+    backbone.fc, backbone.image_size = nn.Identity(), None
     return backbone
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -162,7 +163,7 @@ def trim_metrics(path, step):
 
 
 def provenance(processes):
-    """What a run was made with: versions, the commit of this repository where there is one, number of processes."""
+    """What made a run: script, versions, the commit of this repository where there is one, number of processes."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -170,6 +171,7 @@ def provenance(processes):
         commit = None
     names = ("torch", "torchvision", "accelerate", "datasets")
     return {
+        "script": Path(sys.argv[0]).name,
         "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
         "commit": commit,
         "processes": processes,

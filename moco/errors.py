@@ -6,7 +6,14 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message names the value, the limit and the remedy, in one line."""
+    """Something the user can mend. The message names the value, the limit and the remedy, in one line.
+
+    alone: whether one process may meet it while the others do not, and so has to print it itself.
+    """
+
+    def __init__(self, message, alone=False):
+        super().__init__(message)
+        self.alone = alone
 
 
 def first_line(error):
@@ -16,13 +23,13 @@ def first_line(error):
 
 @contextmanager
 def one_line_errors():
-    """Print a UserError as one line on stderr, once a machine, and exit with code 2."""
+    """Print a UserError as one line on stderr, once a machine unless one process alone met it; exit with code 2."""
     try:
         yield
     except UserError as error:
         # Every process meets the same mistake but for those that a DataLoader's worker met; these come with its
         # traceback, of which the last line is the message.
         *traceback, message = str(error).splitlines()
-        if traceback or os.environ.get("LOCAL_RANK", "0") == "0":
+        if traceback or error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", message.removeprefix("moco.errors.UserError: "), file=sys.stderr)
         sys.exit(2)

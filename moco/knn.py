@@ -24,7 +24,8 @@ def knn_predict(features, bank, bank_labels, classes, k=200, temperature=0.07):
     """Score of each class: the k nearest of the bank by cosine vote with weight exp(cosine / temperature).
 
     features: (N, D). bank: (M, D), M >= 1. bank_labels: (M,) int64 below `classes`. k is cut to M.
-    Returns (N, classes) scores; a class without a vote has 0.
+    Returns (N, classes) scores; a class without a vote has 0. For features at hand; the scripts' `knn_evaluate` is the
+    same over processes that share the bank.
     Source: arXiv:1805.01978, section 3.4.
     """
     features, bank = F.normalize(features, dim=1), F.normalize(bank, dim=1)
@@ -60,15 +61,13 @@ def feature_batches(backbone, dataset, rows, size, workers, accelerator):
             yield first, pooled.float(), labels.to(accelerator.device), failed
 
 
-def extract_features(encoder, dataset, rows, size, workers, accelerator):
-    """Pooled backbone features of fixed crops of `rows`, each process doing its share of the work.
+def extract_features(backbone, dataset, rows, size, workers, accelerator):
+    """Pooled features of fixed crops of `rows`, each process doing its share of the work.
 
-    encoder: a ResNet, whose head `fc` is left out; run in eval mode on a copy. rows: sequence of int.
+    backbone: in eval mode, without a head. rows: sequence of int.
     Returns on every process features (len(rows), width) float32, labels (len(rows),) and the undecodable images of its
     own share as (name, reason).
     """
-    backbone = copy.deepcopy(encoder).eval()
-    backbone.fc = nn.Identity()
     first, mine = split_rows(dataset, rows, accelerator.num_processes)[accelerator.process_index]
     features = torch.zeros(len(rows), feature_width(backbone.state_dict()), device=accelerator.device)
     labels = torch.zeros(len(rows), dtype=torch.long, device=accelerator.device)
@@ -87,13 +86,13 @@ def fill_features(out, backbone, dataset, rows, size, workers, accelerator):
     return undecodable
 
 
-def feature_bank(backbone, dataset, size, workers, accelerator):
-    """This process's share of a dataset's features, (m, width) float32 and L2-normalised in place, and labels (m,).
+def feature_bank(backbone, dataset, rows, size, workers, accelerator):
+    """This process's share of the features of `rows`, (m, width) float32 and L2-normalised in place, and labels (m,).
 
     Written batch by batch into one tensor: to collect them first would hold them twice. Also returns the undecodable
     images as (name, reason).
     """
-    _, mine = split_rows(dataset, range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
+    _, mine = split_rows(dataset, rows, accelerator.num_processes)[accelerator.process_index]
     bank = torch.empty(len(mine), feature_width(backbone.state_dict()), device=accelerator.device)
     labels = torch.empty(len(mine), dtype=torch.long, device=accelerator.device)
     undecodable = fill_features((bank, labels), backbone, dataset, mine, size, workers, accelerator)
@@ -161,27 +160,23 @@ def knn_evaluate(features, labels, bank, bank_labels, classes, ks, temperature, 
     return {each: {"top1": top1, "top5": top5} for each, (top1, top5) in zip(ks, percent)}
 
 
-def knn_accuracy(features, labels, bank, bank_labels, accelerator):
-    """Top-1 in percent of kNN with its default settings, each process classifying its share of `features`."""
-    classes = int(max(labels.max(), bank_labels.max())) + 1
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    predicted = knn_predict(features[mine], bank, bank_labels, classes).argmax(dim=1)
-    correct = accelerator.reduce((predicted == labels[mine]).sum(), "sum")
-    return 100 * correct.item() / len(labels)
-
-
 def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
     """kNN accuracy in percent of test images, or of training images held out of the bank where there is no test set.
 
-    A fixed sample of at most MONITOR_BANK and MONITOR_QUERIES images, so that it follows training, not more: the full
-    evaluation is linear_probe.py's. Returns the accuracy and this process's undecodable images as (name, reason).
+    encoder: a ResNet, whose head `fc` is left out; run in eval mode on a copy. A fixed sample of at most MONITOR_BANK
+    and MONITOR_QUERIES images, so that it follows training, not more: the full evaluation is linear_probe.py's.
+    Returns the accuracy and this process's undecodable images as (name, reason).
     """
+    backbone = copy.deepcopy(encoder).eval()
+    backbone.fc = nn.Identity()
     if test_set is None:
         held_out = min(MONITOR_QUERIES, len(train_set) // 5)
         sample = sample_rows(train_set, MONITOR_BANK + held_out)
         test_set, queries, rows = train_set, sample[:held_out], sample[held_out:]
     else:
         queries, rows = sample_rows(test_set, MONITOR_QUERIES), sample_rows(train_set, MONITOR_BANK)
-    bank, bank_labels, failed = extract_features(encoder, train_set, rows, size, workers, accelerator)
-    features, labels, failed_too = extract_features(encoder, test_set, queries, size, workers, accelerator)
-    return knn_accuracy(features, labels, bank, bank_labels, accelerator), failed + failed_too
+    bank, bank_labels, failed = feature_bank(backbone, train_set, rows, size, workers, accelerator)
+    features, labels, failed_too = extract_features(backbone, test_set, queries, size, workers, accelerator)
+    classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
+    scores = knn_evaluate(features, labels, bank, bank_labels, classes, [200], 0.07, accelerator)
+    return scores[200]["top1"], failed + failed_too

@@ -39,6 +39,11 @@ def flag_parser(usage, description):
     return parser
 
 
+def given_flags(parser):
+    """The flags as given so far, for defaults to follow from; --help waits until these are set."""
+    return parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
+
+
 def parse_resumed(parser, output, free):
     """The flags of the run in `output`, which those given now must equal but for the names in `free`.
 
@@ -46,10 +51,12 @@ def parse_resumed(parser, output, free):
     """
     if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
         raise UserError(
-            f"--output {output} has no complete checkpoint in checkpoints/ to go on from; leave --resume out, or name"
-            " the folder of a run"
+            f"--output {output} has no complete checkpoint in checkpoints/ to go on from; name the folder of a run,"
+            " or begin one without --resume and --evaluate"
         )
     saved = json.loads((output / "args.json").read_text())
+    if saved.get("script", parser.prog) != parser.prog:
+        raise UserError(f"--output {output} holds a run of {saved['script']}; name one of {parser.prog}")
     begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
     parser.set_defaults(**{name: saved[name] for name in begun})
     args = parser.parse_args()
@@ -110,10 +117,13 @@ def start_accelerator(mixed_precision, **options):
     """
     # The flag's successor is not in every torch that this runs on.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # Accelerate's call
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not fast_bf16():
+        raise UserError("--mixed-precision bf16 needs a GPU since Ampere; use fp16 or no")
     if accelerator.device.type == "mps":
         raise UserError("Apple's GPUs have no float64, which is needed here; set ACCELERATE_USE_CPU=true")
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:

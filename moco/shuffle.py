@@ -23,12 +23,12 @@ def exchange_rows(images, order, accelerator):
     """
     world, rank, n = accelerator.num_processes, accelerator.process_index, len(images)
     if world == 1:
-        return images[order.to(images.device)]
+        return images[order.to(images.device, non_blocking=True)]
     wanted = order.view(world, n)  # wanted[r]: the rows that process r encodes
     owner = wanted // n
     sent = [wanted[r][owner[r] == rank] - rank * n for r in range(world)]
     pixels = images.permute(0, 2, 3, 1)  # a view without a copy when the images are channels-last
-    outgoing = pixels[torch.cat(sent).to(images.device)]
+    outgoing = pixels[torch.cat(sent).to(images.device, non_blocking=True)]
     incoming = torch.empty_like(outgoing, memory_format=torch.contiguous_format)
     torch.distributed.all_to_all_single(
         incoming,
@@ -37,7 +37,7 @@ def exchange_rows(images, order, accelerator):
         input_split_sizes=[len(rows) for rows in sent],
     )
     by_owner = owner[rank].argsort(stable=True)  # rows arrive in the order of their owners
-    return incoming[by_owner.argsort().to(images.device)].permute(0, 3, 1, 2)
+    return incoming[by_owner.argsort().to(images.device, non_blocking=True)].permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -61,4 +61,4 @@ def encode_keys(key_encoder, images, order, bn_batch, accelerator):
     with accelerator.autocast():
         keys = torch.cat([key_encoder(group) for group in shuffled.split(bn_batch)])
     keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=1)
-    return accelerator.gather(keys)[order.argsort().to(keys.device)]
+    return accelerator.gather(keys)[order.argsort().to(keys.device, non_blocking=True)]

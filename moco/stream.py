@@ -74,12 +74,15 @@ def read_range(path, start, end):
             end += 1
     except (huggingface_hub.errors.GatedRepoError, huggingface_hub.errors.RepositoryNotFoundError) as error:
         raise UserError(
-            f"{path} is refused ({first_line(error)}); accept the dataset's terms on its page, then run `hf auth login`"
+            f"{path} is refused ({first_line(error)}); accept the dataset's terms on its page, then `hf auth login`",
+            alone=True,
         ) from error
     except Exception as error:  # the HTTP client's own exceptions differ between versions of huggingface_hub
-        raise UserError(f"{path} cannot be read ({first_line(error)}); once it can, go on with --resume") from error
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}); once it can, go on with --resume", alone=True
+        ) from error
     if len(data) != end - start:
-        raise UserError(f"{path} ends before byte {end}; it changed or is damaged")
+        raise UserError(f"{path} ends before byte {end}; it changed or is damaged", alone=True)
     return data, size
 
 

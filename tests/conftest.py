@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: one process and two are compared on the same device
+
 import datasets
 import pytest
 import torch

@@ -7,7 +7,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from moco.data import load_splits
+from moco.augment import normalize, to_float
+from moco.backbone import load_backbone
+from moco.data import center_crop, decode_image, load_splits, sample_rows
 from moco.encoder import build_encoder
 from moco.knn import extract_features, knn_monitor, knn_predict
 
@@ -59,17 +61,23 @@ def test_chunks_do_not_change_the_scores(monkeypatch):
 
 def test_features_are_the_pooled_ones_in_the_order_of_the_rows():
     train_set, _ = load_splits("shapes")
-    encoder = build_encoder("resnet10").eval()
+    backbone = load_backbone("random", "resnet10").eval()
     rows = [5, 3, 300, 5]
-    features, labels, undecodable = extract_features(encoder, train_set, rows, 32, 0, Accelerator(cpu=True))
+    features, labels, undecodable = extract_features(backbone, train_set, rows, 32, 0, Accelerator(cpu=True))
     assert features.shape == (4, 512) and features[0].equal(features[3]) and not undecodable
     assert labels.tolist() == [train_set[row]["label"] for row in rows]
-    assert isinstance(encoder.fc, torch.nn.Sequential)  # the encoder still has its head
+    crop = center_crop(decode_image(train_set[3]["image"]), 32)
+    torch.testing.assert_close(features[1], backbone(normalize(to_float(crop[None])))[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     train_set, _ = load_splits("shapes")
     few = train_set.select(range(100))
-    accuracy, undecodable = knn_monitor(build_encoder("resnet10"), few, None, 32, 0, Accelerator(cpu=True))
-    assert 0 <= accuracy <= 100 and accuracy == pytest.approx(round(accuracy / 5) * 5)  # of 20 queries
-    assert not undecodable
+    encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
+    accuracy, undecodable = knn_monitor(encoder, few, None, 32, 0, accelerator)
+    assert not undecodable and encoder.training and isinstance(encoder.fc, torch.nn.Sequential)  # as it was
+    encoder.eval().fc = torch.nn.Identity()
+    sample = sample_rows(few, 100)
+    features, labels, _ = extract_features(encoder, few, sample, 32, 0, accelerator)
+    predicted = knn_predict(features[:20], features[20:], labels[20:], 10).argmax(dim=1)
+    assert accuracy == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())

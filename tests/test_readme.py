@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch.distributed.run
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 
@@ -21,18 +22,26 @@ def readme_commands():
     return [words[1:] if re.match(r"[A-Z_]+=", words[0]) else words for words in commands if words]
 
 
-def parse(script, flags, monkeypatch):
-    """Let a script parse flags as far as it can without the run that they name; of a benchmark, only look for them."""
+def parse(script, flags, monkeypatch, processes=1):
+    """Let a script parse flags as far as it can without the run that they name, and check them for so many processes.
+
+    Of a benchmark only look for them in the source.
+    """
     if script.startswith("benchmarks/"):
         source = (ROOT / script).read_text()
         assert all(f'"{flag}"' in source for flag in flags)
         return
     monkeypatch.setattr(sys, "argv", [script, *flags])
-    module = script.removesuffix(".py")
+    module = importlib.import_module(script.removesuffix(".py"))
+    if not hasattr(module, "check_args"):
+        return module.parse_args()
+    monkeypatch.setattr(module, "check_output", lambda output, goes_on: None)  # makes the folder
     try:
-        importlib.import_module(module).parse_args()
+        args = module.parse_args()
     except UserError as error:
         assert "no complete checkpoint" in str(error), error
+    else:
+        module.check_args(args, processes, *(["cuda"] if script == "train_moco.py" else []))
 
 
 @pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
@@ -42,11 +51,12 @@ def test_a_command_of_the_readme_parses(words, monkeypatch):
         assert rest[:2] == ["install", "-r"] and (ROOT / rest[2]).exists()
     elif program == "accelerate":
         args = launch_command_parser().parse_args(rest[1:])
-        assert args.config_file is None or (ROOT / args.config_file).exists()
-        parse(args.training_script, args.training_script_args, monkeypatch)
+        if args.config_file:
+            args.num_processes = yaml.safe_load((ROOT / args.config_file).read_text())["num_processes"]
+        parse(args.training_script, args.training_script_args, monkeypatch, args.num_processes or 1)
     elif program == "torchrun":
         args = torch.distributed.run.get_args_parser().parse_args(rest)
-        parse(args.training_script, args.training_script_args, monkeypatch)
+        parse(args.training_script, args.training_script_args, monkeypatch, int(args.nproc_per_node))
     elif program == "python" and rest[0] == "-m":
         parse(rest[1], rest[2:], monkeypatch)
     elif program == "python":

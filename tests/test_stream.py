@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from conftest import run_script, write_parquet
 from hub import COMMIT, serving
 
+from moco.backbone import load_backbone
 from moco.checkpoint import read_metrics
 from moco.data import load_splits, ordered_keys, sample_rows, split_rows, train_batches, train_keys
-from moco.encoder import build_encoder
 from moco.errors import UserError
 from moco.knn import extract_features
 from moco.shapes import draw_scene, encode_jpeg
@@ -131,9 +131,9 @@ def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(f
 def test_features_of_a_stream_are_those_of_the_files_downloaded(folder, workers):
     images, _ = load_splits(str(folder))
     plain, _ = load_splits(str(folder), streaming=False)
-    encoder, rows = build_encoder("resnet10"), [30, 31, 32, 5, 6, 70, 71]
-    features, labels, _ = extract_features(encoder, images, rows, 32, workers, Accelerator(cpu=True))
-    expected, expected_labels, _ = extract_features(encoder, plain, rows, 32, 0, Accelerator(cpu=True))
+    backbone, rows = load_backbone("random", "resnet10").eval(), [30, 31, 32, 5, 6, 70, 71]
+    features, labels, _ = extract_features(backbone, images, rows, 32, workers, Accelerator(cpu=True))
+    expected, expected_labels, _ = extract_features(backbone, plain, rows, 32, 0, Accelerator(cpu=True))
     torch.testing.assert_close(features, expected)
     assert labels.equal(expected_labels)
 
@@ -240,7 +240,7 @@ def test_evaluation_asks_for_each_row_group_once(hub, folder, monkeypatch):
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     images = ParquetImages(paths, read_footers(paths), "image", "label")
     hub.requests.clear()
-    extract_features(build_encoder("resnet10"), images, range(75), 32, 2, Accelerator(cpu=True))
+    extract_features(load_backbone("random", "resnet10").eval(), images, range(75), 32, 2, Accelerator(cpu=True))
     asked = [(path, span) for method, path, span in hub.requests if "/resolve/" in path]
     assert len(asked) == len(set(asked)) == 9
 

@@ -276,7 +276,9 @@ def test_a_compiled_run_is_saved_as_one_that_is_not(folder, uninterrupted, tmp_p
     """The backend runs the captured graph without rewriting it: every name and number stays."""
     train(folder, tmp_path / "run", *RUN, "--workers", 0, ACCELERATE_DYNAMO_BACKEND="eager")
     assert_same_run(tmp_path / "run", uninterrupted)
-    backbone, expected = (load_file(run / "backbone" / "model.safetensors") for run in (tmp_path / "run", uninterrupted))
+    backbone, expected = (
+        load_file(run / "backbone" / "model.safetensors") for run in (tmp_path / "run", uninterrupted)
+    )
     assert backbone.keys() == expected.keys()
 
 
