@@ -303,6 +303,14 @@ def test_a_mistake_found_by_a_worker_is_one_line_on_any_process(capsys, monkeypa
     assert capsys.readouterr().err == "error: the message\n"
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_mistake_is_printed_by_one_process_of_those_that_meet_it(capsys, monkeypatch, alone):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit), one_line_errors():
+        raise UserError("the message", alone=alone)
+    assert capsys.readouterr().err == ("error: the message\n" if alone else "")
+
+
 def test_help_is_grouped_and_readable_on_a_screen_and_a_half(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_moco.py", "--help"])
     with pytest.raises(SystemExit) as stopped:

@@ -13,6 +13,7 @@ import torch
 from folders import HEIGHT, SIZE, scenes, write_coco, write_hub, write_voc
 
 from moco.coco import decode_masks, encode_masks
+from moco.data import loader
 from moco.detection import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection
 from moco.detector import mask_targets
 from moco.errors import UserError
@@ -195,6 +196,16 @@ def test_an_image_that_cannot_be_decoded(devkit):
         path.write_bytes(b"damaged")
     with pytest.raises(UserError, match="none of the 4 training images can be decoded"):
         DetectionImages(data.train, [48], 1333, seed=0)[[(0, 1)]]
+
+
+def test_polygons_reach_the_training_loop_as_arrays(tmp_path):
+    """As tensors, DDP would move each of them to its GPU, from where they cannot be drawn."""
+    write_coco(tmp_path, "val2017", 1)
+    data = load_detection(str(write_coco(tmp_path, "train2017", 3)))
+    batches = loader(DetectionImages(data.train, [64], 1333, seed=0), [[(0, 0), (0, 1)]], workers=0)
+    for image, target in next(iter(batches))[0]:
+        assert torch.is_tensor(image) and torch.is_tensor(target["boxes"])
+        assert all(isinstance(ring, np.ndarray) for rings in target["polygons"] for ring in rings)
 
 
 def test_what_a_coco_folder_may_lack(tmp_path):
