@@ -8,6 +8,7 @@ number of workers, and one process reads what several read together.
 import contextlib
 import io
 import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from moco.augment import RECIPES, crop_pair, random_crop_boxes
@@ -256,6 +257,14 @@ def sample_rows(dataset, n):
 # ---- training batches
 
 
+def empty_batch(*shape):
+    """A uint8 tensor for a batch; in a data worker in shared memory, to which it else would be copied to leave it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collation does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+
+
 class CropPairs(Dataset):
     """Two random crops of each image of a batch.
 
@@ -271,7 +280,7 @@ class CropPairs(Dataset):
         keys, groups = item
         if groups:
             self.dataset.keep(groups)
-        views = torch.empty(len(keys), 2, self.size, self.size, 3, dtype=torch.uint8)
+        views = empty_batch(len(keys), 2, self.size, self.size, 3)
         undecodable = []
         for view, key in zip(views, keys, strict=True):
             crops, _, failed = read_image(self.dataset, key[1], lambda record, key=key: self.cut(record, *key))
@@ -300,7 +309,7 @@ class LabelledCrops(Dataset):
         keys, groups = item
         if groups:
             self.dataset.keep(groups)
-        crops = torch.empty(len(keys), self.size, self.size, 3, dtype=torch.uint8)
+        crops = empty_batch(len(keys), self.size, self.size, 3)
         labels, undecodable = torch.empty(len(keys), dtype=torch.long), []
         for i, key in enumerate(keys):
             crops[i], row, failed = read_image(self.dataset, key[1], lambda record, key=key: self.cut(record, *key))
@@ -442,7 +451,7 @@ class CenterCrops(Dataset):
         indices, groups = item
         if groups:
             self.dataset.keep(groups)
-        crops = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
+        crops = empty_batch(len(indices), self.size, self.size, 3)
         labels, undecodable = torch.empty(len(indices), dtype=torch.long), []
         for i, index in enumerate(indices):
             image, row, failed = read_image(self.dataset, index)
