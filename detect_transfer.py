@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from moco.backbone import fitting_arch, load_backbone, push_loaded
+from moco.batches import loader
 from moco.checkpoint import (
     append_metrics,
     check_equal_state,
@@ -35,7 +36,7 @@ from moco.checkpoint import (
     write_json,
 )
 from moco.coco import check_pycocotools
-from moco.data import MAX_UNDECODABLE, loader, name_undecodable
+from moco.data import MAX_UNDECODABLE, name_undecodable
 from moco.detection import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_keys
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width, fitting_arch, load_backbone, push_loaded
+from moco.batches import CachedFeatures, LabelledCrops, batch_keys, loader, row_order, split_rows, train_keys
 from moco.checkpoint import (
     append_metrics,
     check_equal_state,
@@ -34,20 +34,7 @@ from moco.checkpoint import (
     weights_digest,
     write_json,
 )
-from moco.data import (
-    MAX_UNDECODABLE,
-    CachedFeatures,
-    LabelledCrops,
-    batch_keys,
-    label_range,
-    load_splits,
-    loader,
-    name_undecodable,
-    read_image,
-    row_order,
-    split_rows,
-    train_keys,
-)
+from moco.data import MAX_UNDECODABLE, count_classes, hold_out, load_splits, name_undecodable, read_image
 from moco.encoder import resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
@@ -65,7 +52,6 @@ from moco.run import (
     start_accelerator,
 )
 from moco.schedule import learning_rate
-from moco.stream import ParquetImages
 
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {"image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
@@ -166,55 +152,6 @@ def check_args(args, processes):
             f" {nearest_multiples(args.batch_size, processes)}"
         )
     check_output(args.output, args.resume or args.evaluate)
-
-
-# ---- data
-
-
-def count_classes(train_set, test_set, name):
-    """The number of classes. Raises UserError where images have no labels that a classifier could learn."""
-    if "label" not in train_set.column_names:
-        raise UserError(f"--data {name} has no labels, which a linear probe needs; --label-column may name a column")
-    if test_set is not None and "label" not in test_set.column_names:
-        raise UserError(f"--data {name} has labels for training but none for validation; both must have them")
-    splits = [split for split in (train_set, test_set) if split is not None]
-    names = [getattr(split.features["label"], "names", None) for split in splits]
-    if names[0] != names[-1]:
-        raise UserError(f"--data {name} has {names[0]} as classes of training but {names[-1]} of validation")
-    for split in splits:
-        kind = str(getattr(split.features["label"], "dtype", type(split.features["label"]).__name__))
-        if not kind.startswith(("int", "uint")):
-            raise UserError(f"--data {name} has labels of type {kind}; they must be whole numbers from 0 on")
-    ranges = [label_range(split) for split in splits]
-    if None in ranges and not names[0]:
-        raise UserError(
-            f"--data {name} names no classes, and its files do not say in their footers how many labels there are;"
-            " --no-streaming counts them"
-        )
-    known = [found for found in ranges if found]
-    low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)
-    classes = len(names[0]) if names[0] else high + 1
-    if low < 0 or high >= classes:
-        raise UserError(
-            f"--data {name} has labels from {low} to {high} for {classes} classes: some images are not labelled"
-        )
-    return classes
-
-
-def hold_out(dataset, images, purpose, seed):
-    """Split a dataset at random into (the rest, `images` of it); a stream by whole row groups of at least as many."""
-    rng = np.random.default_rng([*purpose, seed])
-    if not isinstance(dataset, ParquetImages):
-        order = rng.permutation(len(dataset))
-        return dataset.select(np.sort(order[images:])), dataset.select(np.sort(order[:images]))
-    order = rng.permutation(len(dataset.groups))
-    count = int(np.searchsorted(dataset.rows_in_group[order].cumsum(), images)) + 1
-    if count >= len(order):
-        raise UserError(
-            f"--data has {len(order)} row groups, too few to hold {images} of {len(dataset)} images out;"
-            " --no-streaming holds out single images"
-        )
-    return dataset.select_groups(order[count:]), dataset.select_groups(order[:count])
 
 
 # ---- classifiers

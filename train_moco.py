@@ -26,6 +26,7 @@ from tqdm import tqdm
 from moco.augment import RECIPES as AUGMENTATIONS
 from moco.augment import ViewAugment, sample_params
 from moco.backbone import save_backbone
+from moco.batches import row_order, train_batches, train_keys
 from moco.checkpoint import (
     append_metrics,
     check_equal_state,
@@ -40,16 +41,7 @@ from moco.checkpoint import (
     write_json,
 )
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
-from moco.data import (
-    MAX_UNDECODABLE,
-    has_labels,
-    load_splits,
-    name_undecodable,
-    read_image,
-    row_order,
-    train_batches,
-    train_keys,
-)
+from moco.data import MAX_UNDECODABLE, has_labels, load_splits, name_undecodable, read_image
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor

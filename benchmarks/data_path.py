@@ -22,7 +22,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import MEAN, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
-from moco.data import CropPairs, decode_image, loader
+from moco.batches import CropPairs, loader
+from moco.data import decode_image
 
 BATCH, BATCHES, ROUNDS = 32, 4, 5
 

@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import random_crop_boxes
-from moco.data import crop_generator, decode_crops, load_splits, train_batches, train_keys
+from moco.batches import crop_generator, decode_crops, train_batches, train_keys
+from moco.data import load_splits
 from moco.shapes import encode_jpeg
 from moco.stream import read_footer, read_footers, worker_windows
 from tests.hub import serving

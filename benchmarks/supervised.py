@@ -16,7 +16,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
-from moco.data import LabelledCrops, load_splits, loader, train_keys
+from moco.batches import LabelledCrops, loader, train_keys
+from moco.data import load_splits
 from moco.encoder import build_encoder
 from moco.run import fast_bf16
 from moco.schedule import learning_rate

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width
+from moco.batches import CenterCrops, loader, ordered_keys, sample_rows, split_rows
 from moco.checkpoint import write_json
-from moco.data import CenterCrops, loader, ordered_keys, sample_rows, split_rows
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 SIMILARITIES = 2**26  # entries of the similarity matrix at a time: 256 MB in float32

@@ -11,9 +11,10 @@ import torch
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from moco.augment import MEAN, RECIPES, STD, ViewAugment, random_crop_boxes, sample_params
+from moco.batches import CropPairs, crop_generator
 from moco.checkpoint import read_metrics
 from moco.coco import decode_masks
-from moco.data import UNDECODABLE, CropPairs, crop_generator, decode_image, read_image
+from moco.data import UNDECODABLE, decode_image, read_image
 from moco.detection import encoded_image
 from moco.shapes import CLASSES, draw_scene
 

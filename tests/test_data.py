@@ -15,19 +15,17 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from moco.augment import crop_pair, random_crop_boxes
-from moco.data import (
+from moco.batches import (
     CenterCrops,
     CropPairs,
     batch_keys,
     center_crop,
     crop_generator,
     decode_crops,
-    decode_image,
-    has_labels,
-    load_splits,
     train_batches,
     train_keys,
 )
+from moco.data import decode_image, has_labels, load_splits
 from moco.errors import UserError
 
 

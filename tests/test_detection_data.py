@@ -12,8 +12,8 @@ import pytest
 import torch
 from folders import HEIGHT, SIZE, scenes, write_coco, write_hub, write_voc
 
+from moco.batches import loader
 from moco.coco import decode_masks, encode_masks
-from moco.data import loader
 from moco.detection import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection
 from moco.detector import mask_targets
 from moco.errors import UserError

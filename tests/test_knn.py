@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from moco.augment import normalize, to_float
 from moco.backbone import load_backbone
-from moco.data import center_crop, decode_image, load_splits, sample_rows
+from moco.batches import center_crop, sample_rows
+from moco.data import decode_image, load_splits
 from moco.encoder import build_encoder
 from moco.knn import extract_features, knn_monitor, knn_predict
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
 
-from linear_probe import LinearClassifiers, build_optimizer, count_classes, count_correct, hold_out, train_step
+from linear_probe import LinearClassifiers, build_optimizer, count_correct, train_step
 from moco.checkpoint import complete_checkpoints
-from moco.data import load_splits
+from moco.data import count_classes, hold_out, load_splits
 from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
 from moco.schedule import learning_rate

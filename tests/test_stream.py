@@ -13,8 +13,9 @@ from conftest import run_script, write_parquet
 from hub import COMMIT, serving
 
 from moco.backbone import load_backbone
+from moco.batches import ordered_keys, sample_rows, split_rows, train_batches, train_keys
 from moco.checkpoint import read_metrics
-from moco.data import load_splits, ordered_keys, sample_rows, split_rows, train_batches, train_keys
+from moco.data import load_splits
 from moco.errors import UserError
 from moco.knn import extract_features
 from moco.shapes import draw_scene, encode_jpeg

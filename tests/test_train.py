@@ -22,8 +22,9 @@ from torch import nn
 
 import train_moco
 from moco.augment import ViewAugment, sample_params
+from moco.batches import train_batches, train_keys
 from moco.checkpoint import read_metrics
-from moco.data import load_splits, train_batches, train_keys
+from moco.data import load_splits
 from moco.encoder import build_encoder
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.shuffle import shuffle_order

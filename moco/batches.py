@@ -1,0 +1,275 @@
+"""Batches of uint8 crops, made by data workers from keys: which images of which epoch, and what to read ahead.
+
+Training batches are a function of (seed, step): step s takes its rows of the permutation of its epoch, and each image
+its crops from (seed, epoch, image). No state travels from one batch to the next, so a run resumes at any step with any
+number of workers, and one process reads what several read together.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from moco.augment import RECIPES, crop_pair, random_crop_boxes
+from moco.data import JPEG, decode_image, encoded_bytes, read_image
+from moco.stream import ParquetImages, stream_keys
+
+# ---- training batches
+
+
+def empty_batch(*shape):
+    """A uint8 tensor for a batch; in a data worker in shared memory, to which it else would be copied to leave it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collation does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+
+
+def decode_crops(record, draw_boxes, size):
+    """Crops of an encoded image, (views, size, size, 3) uint8; raises as `decode_image`.
+
+    draw_boxes: (height, width) -> boxes, (views, 4) int. A JPEG is decoded at a half, a quarter or an eighth of its
+    sides where every crop still has `size` pixels: two thirds of the time for 1600 x 1200 pixels. Crops then begin at
+    the nearest of fewer pixels, and differ by about a level from those of the whole image.
+    """
+    data = encoded_bytes(record)
+    if data[:2] == JPEG:
+        with contextlib.suppress(ValueError):
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            boxes = draw_boxes(height, width)
+            factor = next((factor for factor in (8, 4, 2) if boxes[:, 2:].min() >= factor * size), 1)
+            if factor == 1:
+                return crop_pair(simplejpeg.decode_jpeg(data), boxes, size)
+            least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
+            image = simplejpeg.decode_jpeg(data, **least)
+            ends = (boxes[:, :2] + boxes[:, 2:]) / factor
+            starts, ends = np.rint(boxes[:, :2] / factor).astype(int), np.rint(ends).astype(int)
+            return crop_pair(image, np.concatenate([starts, np.minimum(ends, image.shape[:2]) - starts], axis=1), size)
+    image = decode_image({"bytes": data, "path": None})
+    return crop_pair(image, draw_boxes(*image.shape[:2]), size)
+
+
+class CropPairs(Dataset):
+    """Two random crops of each image of a batch.
+
+    least: the smallest share of an image's area in a crop.
+    Item ([(epoch, index), ...], row groups to read ahead) is (views (n, 2, size, size, 3) uint8,
+    [(name, reason) of undecodable images]).
+    """
+
+    def __init__(self, dataset, size, seed, least=0.2):
+        self.dataset, self.size, self.seed, self.least = dataset, size, seed, least
+
+    def __getitem__(self, item):
+        keys, groups = item
+        if groups:
+            self.dataset.keep(groups)
+        views = empty_batch(len(keys), 2, self.size, self.size, 3)
+        undecodable = []
+        for view, key in zip(views, keys, strict=True):
+            crops, _, failed = read_image(self.dataset, key[1], lambda record, key=key: self.cut(record, *key))
+            view.copy_(crops)
+            undecodable += failed
+        return views, undecodable
+
+    def cut(self, record, epoch, index):
+        """Both crops of a record: of the image that the key names, or of the neighbour in its place."""
+        rng = crop_generator(self.seed, epoch, index)
+        return decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, self.least), self.size)
+
+
+class LabelledCrops(Dataset):
+    """One random crop of each image of a batch, flipped or not, with its label: what a classifier is trained on.
+
+    RandomResizedCrop of torchvision's default scale 0.08-1, larger than the encoders' 0.2-1, as in the reference.
+    Item ([(epoch, index), ...], row groups to read ahead) is (crops (n, size, size, 3) uint8, labels (n,) int64,
+    [(name, reason) of undecodable images]); the neighbour that replaces an undecodable image brings its own label.
+    """
+
+    def __init__(self, dataset, size, seed):
+        self.dataset, self.size, self.seed = dataset, size, seed
+
+    def __getitem__(self, item):
+        keys, groups = item
+        if groups:
+            self.dataset.keep(groups)
+        crops = empty_batch(len(keys), self.size, self.size, 3)
+        labels, undecodable = torch.empty(len(keys), dtype=torch.long), []
+        for i, key in enumerate(keys):
+            crops[i], row, failed = read_image(self.dataset, key[1], lambda record, key=key: self.cut(record, *key))
+            labels[i] = self.dataset[row]["label"]
+            undecodable += failed
+        return crops, labels, undecodable
+
+    def cut(self, record, epoch, index):
+        """The crop of a record."""
+        rng = crop_generator(self.seed, epoch, index)
+        crop = decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, least=0.08, views=1), self.size)[0]
+        return crop.flip(1) if rng.random() < 0.5 else crop
+
+
+class CachedFeatures(Dataset):
+    """Features that `moco.knn.cache_features` wrote to a folder, read from disk as far as memory does not hold them.
+
+    Item [(epoch, index), ...] is (features (n, width) float16, labels (n,) int64, []): the same in every epoch.
+    """
+
+    def __init__(self, folder):
+        self.features, self.labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
+
+    def __getitem__(self, keys):
+        rows = [index for _, index in keys]
+        return torch.from_numpy(self.features[rows]), torch.from_numpy(self.labels[rows]), []
+
+
+def crop_generator(seed, epoch, index):
+    """The source of the crops of one image in one epoch."""
+    return np.random.default_rng([*b"crop", seed, epoch, index])
+
+
+def batch_keys(images, batch_size, seed, start, rank, world):
+    """Endless [(epoch, index), ...] of one process, from step `start` on.
+
+    Each epoch is a fresh permutation of all images; its remainder below a batch is dropped, another one each epoch.
+    """
+    steps_per_epoch, n = images // batch_size, batch_size // world
+    permuted = None
+    for step in itertools.count(start):
+        epoch, position = divmod(step, steps_per_epoch)
+        if permuted is None or position == 0:
+            permuted = np.random.default_rng([*b"order", seed, epoch]).permutation(images)
+        first = position * batch_size + rank * n
+        yield [(epoch, index) for index in permuted[first : first + n].tolist()]
+
+
+def train_keys(dataset, batch_size, seed, start, rank, world, workers, window):
+    """Endless ([(epoch, index), ...], row groups to read ahead) of this process's rows, from global step `start` on."""
+    if isinstance(dataset, ParquetImages):
+        return stream_keys(dataset.rows_in_group, batch_size, seed, start, rank, world, workers, window)
+    return ((keys, ()) for keys in batch_keys(len(dataset), batch_size, seed, start, rank, world))
+
+
+def row_order(dataset, world, workers, window):
+    """What else the order of the rows depends on: a run resumes in mid-epoch only where it is unchanged."""
+    if isinstance(dataset, ParquetImages):
+        return {"files": dataset.fingerprint(), "processes": world, "workers": max(1, workers), "window": window}
+    return {}
+
+
+def train_batches(dataset, size, seed, recipe, keys, workers):
+    """Endless batches of the images that `keys`, of `train_keys`, name; see CropPairs for what a batch is."""
+    return iter(loader(CropPairs(dataset, size, seed, RECIPES[recipe]["crop"]), keys, workers))
+
+
+def loader(dataset, keys, workers):
+    """A DataLoader whose items are whole batches, in order, just as the dataset makes them.
+
+    Up to 2 x workers of them wait in shared memory: a batch of 256 pairs of views of 224 pixels is 77 MB.
+    """
+    return DataLoader(
+        dataset,
+        sampler=keys,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=leave_group,
+        collate_fn=as_made,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def as_made(batch):
+    """No conversion: a COCO target's polygons would become tensors, thousands of them, which DDP then moves to GPUs."""
+    return batch
+
+
+def leave_group(worker):
+    """Put a worker in a process group of its own, so that a signal to the run's group does not end it.
+
+    Launchers send SIGTERM to the group: the step that is being taken still needs its batch, and then a checkpoint is
+    saved. Workers end with their process.
+    """
+    os.setpgid(0, 0)
+
+
+# ---- evaluation batches
+
+
+def sample_rows(dataset, n):
+    """A fixed sample of n rows, or all if there are fewer: random ones; of a stream, those of random row groups."""
+    rng = np.random.default_rng([*b"sample"])
+    if not isinstance(dataset, ParquetImages):
+        return rng.permutation(len(dataset))[:n].tolist()
+    rows = []
+    for group in rng.permutation(len(dataset.rows_in_group)):
+        if len(rows) >= n:
+            break
+        rows += range(dataset.first_row[group], dataset.first_row[group + 1])
+    return rows[:n]
+
+
+def split_rows(dataset, rows, parts):
+    """A sequence of rows in contiguous parts, [(position of its first, rows), ...], some of which may be empty.
+
+    Those of a stream are cut between row groups, so that each is read by one part alone.
+    """
+    starts = np.arange(len(rows) + 1)
+    if isinstance(dataset, ParquetImages):
+        starts = np.flatnonzero(np.diff(dataset.groups_of(rows), prepend=-1, append=-2))
+    cuts = starts[np.searchsorted(starts, np.arange(parts + 1) * len(rows) // parts)].tolist()
+    return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
+
+
+def ordered_keys(dataset, rows, size, workers):
+    """Batches of at most `size` of `rows`, as [(position of its first, rows, row groups to read ahead), ...].
+
+    Each worker of a `loader` reads a contiguous part: a DataLoader hands batches to its workers in turn, so the list
+    has those of each part in turn, and empty ones where a part has no more.
+    """
+    streamed, parts = isinstance(dataset, ParquetImages), []
+    for first, part in split_rows(dataset, rows, max(1, workers)):
+        batches = [part[i : i + size] for i in range(0, len(part), size)]
+        groups = [list(dict.fromkeys(dataset.groups_of(batch).tolist())) if streamed else [] for batch in batches]
+        ahead = [here + following for here, following in zip(groups, [*groups[1:], []])]
+        parts.append(zip(range(first, first + len(part), size), batches, ahead))
+    return [batch for turn in itertools.zip_longest(*parts, fillvalue=(0, [], [])) for batch in turn]
+
+
+class CenterCrops(Dataset):
+    """Fixed crops for evaluation: short side resized to size * 256 / 224, then the centre, as the papers test.
+
+    Item ([index, ...], row groups to read ahead) is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason)
+    of undecodable images]). An undecodable image is replaced by its neighbour, label included.
+    """
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+
+    def __getitem__(self, item):
+        indices, groups = item
+        if groups:
+            self.dataset.keep(groups)
+        crops = empty_batch(len(indices), self.size, self.size, 3)
+        labels, undecodable = torch.empty(len(indices), dtype=torch.long), []
+        for i, index in enumerate(indices):
+            image, row, failed = read_image(self.dataset, index)
+            crops[i] = center_crop(image, self.size)
+            labels[i] = self.dataset[row]["label"]
+            undecodable += failed
+        return crops, labels, undecodable
+
+
+def center_crop(image, size):
+    """(H, W, 3) uint8 array -> (size, size, 3) uint8 tensor: the centre of the image resized to size * 256 / 224."""
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    height, width = image.shape[:2]
+    short = round(size * 256 / 224)
+    scaled = (short, short * width // height) if height <= width else (short * height // width, short)
+    resized = F.interpolate(pixels, scaled, mode="bilinear", antialias=True)
+    top, left = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0)
