@@ -36,7 +36,7 @@ from moco.checkpoint import (
     write_json,
 )
 from moco.coco import check_pycocotools
-from moco.data import MAX_UNDECODABLE, name_undecodable
+from moco.data import check_undecodable, name_undecodable
 from moco.detection import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_keys
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names
@@ -405,8 +405,7 @@ def main():
         if failures:
             name_undecodable(failed, named, accelerator)
             undecodable += int(failures)
-            if undecodable > MAX_UNDECODABLE * len(data.train):
-                raise UserError(f"{undecodable} of {len(data.train)} images of --data {args.data} cannot be decoded")
+            check_undecodable(undecodable, len(data.train), args.data)
         window = {
             "steps": window["steps"] + 1,
             "losses": [total + loss / world for total, loss in zip(window["losses"], losses)],

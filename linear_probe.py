@@ -34,7 +34,7 @@ from moco.checkpoint import (
     weights_digest,
     write_json,
 )
-from moco.data import MAX_UNDECODABLE, count_classes, hold_out, load_splits, name_undecodable, read_image
+from moco.data import check_undecodable, count_classes, hold_out, load_splits, name_undecodable, read_image
 from moco.encoder import resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
@@ -397,8 +397,7 @@ def main():
         if failures:
             name_undecodable(failed, named, accelerator)
             undecodable += int(failures)
-            if undecodable > MAX_UNDECODABLE * len(train_set):
-                raise UserError(f"{undecodable} of {len(train_set)} images of --data {args.data} cannot be decoded")
+            check_undecodable(undecodable, len(train_set), args.data)
         window = {
             "steps": window["steps"] + 1,
             "loss": [total + loss for total, loss in zip(window["loss"], losses)],

@@ -41,7 +41,7 @@ from moco.checkpoint import (
     write_json,
 )
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
-from moco.data import MAX_UNDECODABLE, has_labels, load_splits, name_undecodable, read_image
+from moco.data import check_undecodable, has_labels, load_splits, name_undecodable, read_image
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import knn_monitor
@@ -427,8 +427,7 @@ def main():
         if failures:
             name_undecodable(failed, named, accelerator)
             undecodable += int(failures)
-            if undecodable > MAX_UNDECODABLE * len(train_set):
-                raise UserError(f"{undecodable} of {len(train_set)} images of --data {args.data} cannot be decoded")
+            check_undecodable(undecodable, len(train_set), args.data)
         totals["steps"] += 1
         totals["loss"] += loss_sum / world
         totals["correct"] += correct_sum

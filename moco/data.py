@@ -253,6 +253,12 @@ def read_image(dataset, index, decode=decode_image):
 # ---- what could not be decoded
 
 
+def check_undecodable(undecodable, images, data):
+    """Raise UserError where of an epoch's images too many could not be decoded: then the data is at fault."""
+    if undecodable > MAX_UNDECODABLE * images:
+        raise UserError(f"{undecodable} of {images} images of --data {data} cannot be decoded")
+
+
 def name_undecodable(failed, named, accelerator, instead="its neighbour takes its place"):
     """Print each undecodable image once, on the main process. All processes call it together.
 
