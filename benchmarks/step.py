@@ -2,6 +2,7 @@
 
 python benchmarks/step.py                                                 small, one thread of a CPU
 python benchmarks/step.py --arch resnet50 --size 224 --batch 256          a GPU, if there is one
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 benchmarks/step.py    what it costs that processes work together
 
 Plain: float32, contiguous, the whole batch at once, the momentum update a loop over parameters, a queue of columns.
 Ours: channels-last, BatchNorm groups with accumulation, one fused update. Each also under autocast to bfloat16; on GPUs
@@ -18,18 +19,24 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.contrast import KeyQueue, contrastive_logits, nt_xent_logits
-from moco.encoder import build_encoder, momentum_update
+from moco.encoder import average_statistics, build_encoder, momentum_update
 from moco.schedule import LARS
 from moco.shuffle import encode_keys, shuffle_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# What the step asks of an Accelerator, for one process.
+ALONE = SimpleNamespace(
+    num_processes=1, process_index=0, mixed_precision=None, autocast=nullcontext, gather=lambda keys: keys
+)
 
 
 def wait():
@@ -91,14 +98,16 @@ def plain_step(args, precision):
     return step
 
 
-def our_step(args, precision, bn_batch):
-    """A function that takes the step of train_moco.py on its own random images."""
-    accelerator = Accelerator(cpu=DEVICE.type == "cpu")
+def our_step(args, precision, bn_batch, accelerator=ALONE):
+    """A function that takes the step of train_moco.py on its own random images, as many on each process."""
     torch.manual_seed(0)
     query_encoder = build_encoder(args.arch).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
     queue = KeyQueue(args.queue_size, 128).to(DEVICE)
     optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+    encoders, world, rank = (query_encoder, key_encoder), accelerator.num_processes, accelerator.process_index
+    if world > 1:
+        query_encoder = nn.parallel.DistributedDataParallel(query_encoder, broadcast_buffers=False)
     bf16 = precision == "bf16"
     images = torch.randn(2, args.batch, 3, args.size, args.size, device=DEVICE)
     query_images, key_images = (view.contiguous(memory_format=torch.channels_last) for view in images)
@@ -109,18 +118,22 @@ def our_step(args, precision, bn_batch):
         nonlocal number
         number += 1
         momentum_update(query_encoder, key_encoder, 0.999)
-        order = shuffle_order(0, number, args.batch)
+        order = shuffle_order(0, number, world * args.batch)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             images = key_images.bfloat16() if bf16 else key_images  # as encode_keys does where Accelerate says bf16
             all_keys = encode_keys(key_encoder, images, order, bn_batch, accelerator)
-        for group, keys in zip(query_images.split(bn_batch), all_keys.split(bn_batch)):
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):  # entered anew, as Accelerate does
-                q = query_encoder(group)
-            logits = contrastive_logits(F.normalize(q.float(), dim=1), keys, queue.keys, 0.2)
-            (F.cross_entropy(logits, positive) / (args.batch // bn_batch)).backward()
+        own_keys = all_keys[rank * args.batch : (rank + 1) * args.batch]
+        for i, (group, keys) in enumerate(zip(query_images.split(bn_batch), own_keys.split(bn_batch))):
+            last = i == args.batch // bn_batch - 1
+            with nullcontext() if last or world == 1 else query_encoder.no_sync():
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):  # entered anew, as Accelerate does
+                    q = query_encoder(group)
+                logits = contrastive_logits(F.normalize(q.float(), dim=1), keys, queue.keys, 0.2)
+                (F.cross_entropy(logits, positive) / (args.batch // bn_batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
         queue.enqueue(all_keys)
+        average_statistics(encoders, accelerator)
 
     return step
 
@@ -219,6 +232,19 @@ def print_parts(rounds):
         print(f"K {size:8}: enqueue of 256 keys {times['enqueue']:6.2f} ms, logits and loss {times['loss']:8.1f} ms")
 
 
+def compare_processes(args):
+    """A step of each process by itself beside their step together, which shuffles, gathers and averages."""
+    accelerator = Accelerator()
+    steps = {
+        "alone": our_step(args, "float32", args.bn_batch),
+        "together": our_step(args, "float32", args.bn_batch, accelerator),
+    }
+    times = take_turns(steps, args.rounds)
+    if accelerator.is_main_process:
+        for name, took in times.items():
+            print(f"{accelerator.num_processes} processes, {name:8} {took:8.1f} ms, x {took / times['alone']:.3f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", default="resnet18")
@@ -229,6 +255,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return compare_processes(args)
     if args.memory_of:
         return print(measured_memory(variants(args)[args.memory_of]()))
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
