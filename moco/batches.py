@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 import os
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -73,7 +74,7 @@ class CropPairs(Dataset):
         views = empty_batch(len(keys), 2, self.size, self.size, 3)
         undecodable = []
         for view, key in zip(views, keys, strict=True):
-            crops, _, failed = read_image(self.dataset, key[1], lambda record, key=key: self.cut(record, *key))
+            crops, _, failed = read_image(self.dataset, key[1], partial(self.cut, epoch=key[0], index=key[1]))
             view.copy_(crops)
             undecodable += failed
         return views, undecodable
@@ -97,21 +98,27 @@ class LabelledCrops(Dataset):
 
     def __getitem__(self, item):
         keys, groups = item
-        if groups:
-            self.dataset.keep(groups)
-        crops = empty_batch(len(keys), self.size, self.size, 3)
-        labels, undecodable = torch.empty(len(keys), dtype=torch.long), []
-        for i, key in enumerate(keys):
-            crops[i], row, failed = read_image(self.dataset, key[1], lambda record, key=key: self.cut(record, *key))
-            labels[i] = self.dataset[row]["label"]
-            undecodable += failed
-        return crops, labels, undecodable
+        cuts = [partial(self.cut, epoch=epoch, index=index) for epoch, index in keys]
+        return labelled_batch(self.dataset, [index for _, index in keys], groups, cuts, self.size)
 
     def cut(self, record, epoch, index):
         """The crop of a record."""
         rng = crop_generator(self.seed, epoch, index)
         crop = decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, least=0.08, views=1), self.size)[0]
         return crop.flip(1) if rng.random() < 0.5 else crop
+
+
+def labelled_batch(dataset, rows, groups, cuts, size):
+    """What LabelledCrops and CenterCrops return. cuts: for each row what makes its record a crop."""
+    if groups:
+        dataset.keep(groups)
+    crops = empty_batch(len(rows), size, size, 3)
+    labels, undecodable = torch.empty(len(rows), dtype=torch.long), []
+    for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
+        crops[i], read, failed = read_image(dataset, row, cut)
+        labels[i] = dataset[read]["label"]
+        undecodable += failed
+    return crops, labels, undecodable
 
 
 class CachedFeatures(Dataset):
@@ -252,16 +259,8 @@ class CenterCrops(Dataset):
 
     def __getitem__(self, item):
         indices, groups = item
-        if groups:
-            self.dataset.keep(groups)
-        crops = empty_batch(len(indices), self.size, self.size, 3)
-        labels, undecodable = torch.empty(len(indices), dtype=torch.long), []
-        for i, index in enumerate(indices):
-            image, row, failed = read_image(self.dataset, index)
-            crops[i] = center_crop(image, self.size)
-            labels[i] = self.dataset[row]["label"]
-            undecodable += failed
-        return crops, labels, undecodable
+        cuts = [lambda record: center_crop(decode_image(record), self.size)] * len(indices)
+        return labelled_batch(self.dataset, indices, groups, cuts, self.size)
 
 
 def center_crop(image, size):

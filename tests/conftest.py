@@ -13,8 +13,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: one process and t
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.errors import one_line_errors
 from moco.shapes import draw_scene, encode_jpeg
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +78,19 @@ def write_parquet(path, split, numbers, rows):
     labels = [int(labels[0]) for _, labels, _ in scenes]
     part = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
     part.to_parquet(path, batch_size=rows)
+
+
+def refusal(script, argv, monkeypatch, capsys):
+    """The one line with which a script's main() refuses its flags, with exit code 2; progress bars do not count."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+    AcceleratorState._reset_state()  # as in a process of its own
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        script.main()
+    AcceleratorState._reset_state()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples/s]" not in line]
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
 
 
 def metrics_of(output):

@@ -8,9 +8,8 @@ import shutil
 import sys
 
 import pytest
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from conftest import run_script
+from conftest import refusal, run_script
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
@@ -46,20 +45,11 @@ def finished_run(folder, tmp_path_factory):
 
 @pytest.fixture
 def refuse(monkeypatch, capsys, tmp_path):
-    """Call main() with flags that it must refuse; returns its one line, progress bars aside."""
+    """Call main() with flags that it must refuse; returns its one line."""
 
     def call(*flags, output=tmp_path / "run", script=train_moco):
         small = {train_moco: SMALL, linear_probe: SMALL_PROBE}[script].split()
-        argv = [f"{script.__name__}.py", "--output", str(output), *small, *(str(flag) for flag in flags)]
-        monkeypatch.setattr(sys, "argv", argv)
-        AcceleratorState._reset_state()  # as in a process of its own
-        with pytest.raises(SystemExit) as stopped, one_line_errors():
-            script.main()
-        AcceleratorState._reset_state()
-        lines = [line for line in capsys.readouterr().err.splitlines() if line and "examples/s]" not in line]
-        assert stopped.value.code == 2
-        assert len(lines) == 1 and lines[0].startswith("error: ")
-        return lines[0]
+        return refusal(script, ["--output", output, *small, *flags], monkeypatch, capsys)
 
     return call
 

@@ -16,7 +16,7 @@ from io import StringIO
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, final_state, metrics_of, run_script
+from conftest import ROOT, final_state, metrics_of, refusal, run_script
 from folders import write_coco, write_voc
 from hub import TOKEN, serving
 from huggingface_hub import ModelCard
@@ -290,14 +290,7 @@ def refuse(monkeypatch, capsys, tmp_path):
     """Call main() with flags that it must refuse; returns its one line."""
 
     def call(*flags, output=tmp_path / "run"):
-        argv = ["detect_transfer.py", "--output", output, *SMALL, *flags]
-        monkeypatch.setattr(sys, "argv", [str(part) for part in argv])
-        with pytest.raises(SystemExit) as stopped, one_line_errors():
-            detect_transfer.main()
-        lines = [line for line in capsys.readouterr().err.splitlines() if line]
-        assert stopped.value.code == 2
-        assert len(lines) == 1 and lines[0].startswith("error: ")
-        return lines[0]
+        return refusal(detect_transfer, ["--output", output, *SMALL, *flags], monkeypatch, capsys)
 
     return call
 
