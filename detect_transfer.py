@@ -3,7 +3,7 @@
 accelerate launch detect_transfer.py --data shapes --backbone runs/v2-shapes     the built-in data, minutes on two cores
 accelerate launch detect_transfer.py --data VOCdevkit --backbone USER/NAME       VOC07+12 trainval, VOC07 test
 accelerate launch detect_transfer.py --data COCO --backbone USER/NAME            boxes and masks, the 2x schedule
-accelerate launch detect_transfer.py --output RUN/detection --resume               go on where it stopped
+accelerate launch detect_transfer.py --output RUN/detection --resume             go on where it stopped
 """
 
 import math

@@ -4,7 +4,7 @@ accelerate launch linear_probe.py --data shapes --backbone runs/v2-shapes      t
 accelerate launch linear_probe.py --backbone runs/v2-imagenet-1k               the paper's protocol, on ImageNet
 accelerate launch linear_probe.py --backbone USER/NAME --lr 3 10 30 100        four classifiers in the one pass
 accelerate launch linear_probe.py --backbone USER/NAME --cached-features --knn minutes instead of hours, approximate
-accelerate launch linear_probe.py --output RUN/linear_probe --resume          go on where it stopped
+accelerate launch linear_probe.py --output RUN/linear_probe --resume           go on where it stopped
 """
 
 import math

@@ -244,8 +244,7 @@ def main():
     if len(train_set) < args.batch_size:
         raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
     read_image(train_set, 0)  # where nothing can be decoded, say so now
-    labelled = all(has_labels(split) for split in (train_set, test_set) if split is not None)
-    with_knn = args.knn_every > 0 and labelled
+    with_knn = args.knn_every > 0 and all(has_labels(split) for split in (train_set, test_set) if split is not None)
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     n = args.batch_size // world  # images a process and step

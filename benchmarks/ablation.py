@@ -69,16 +69,8 @@ def commands(row, flags, seed, size, folder):
     epochs = EPOCHS[size] * (4 if row == "v2, longer" else 1)
     common = [*COMMON[size], "--seed", str(seed)]
     resume = ["--resume"] if any(folder.glob("checkpoints/step_*/state.json")) else []
-    probe = [
-        "linear_probe.py",
-        "--data",
-        "shapes",
-        "--seed",
-        str(seed),
-        "--knn",
-        "--output",
-        str(folder / "linear_probe"),
-    ]
+    probe = ["linear_probe.py", "--data", "shapes", "--seed", str(seed), "--knn"]
+    probe += ["--output", str(folder / "linear_probe")]
     probe += ["--resume"] if any(folder.glob("linear_probe/checkpoints/step_*/state.json")) else []
     if row == "random":
         arch = "resnet18" if size == "gpu" else "resnet10"

@@ -181,9 +181,8 @@ class ViewAugment(nn.Module):
 
     @torch.no_grad()
     def forward(self, uint8_views, params):
-        starts = range(0, len(uint8_views), CHUNK)
-        of_chunk = [{name: values[i : i + CHUNK] for name, values in params.items()} for i in starts]
-        parts = [self.augment(uint8_views[i : i + CHUNK], chunk) for i, chunk in zip(starts, of_chunk)]
+        chunks = zip(uint8_views.split(CHUNK), *(values.split(CHUNK) for values in params.values()))
+        parts = [self.augment(views, dict(zip(params, values))) for views, *values in chunks]
         return tuple(torch.cat(views) for views in zip(*parts))
 
     def augment(self, uint8_views, params):

@@ -154,10 +154,15 @@ def label_range(dataset):
     return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
 
 
+def label_kind(dataset):
+    """The type of the labels in a word, "int64" or such where they are whole numbers."""
+    feature = dataset.features.get("label")
+    return str(getattr(feature, "dtype", type(feature).__name__))
+
+
 def has_labels(dataset):
     """Whether each image has a whole number from 0 on as its label, as far as can be told without reading."""
-    kind = str(getattr(dataset.features.get("label"), "dtype", ""))
-    if not kind.startswith(("int", "uint")):
+    if not label_kind(dataset).startswith(("int", "uint")):
         return False
     found = label_range(dataset)
     return found is None or found[0] >= 0
@@ -174,7 +179,7 @@ def count_classes(train_set, test_set, name):
     if names[0] != names[-1]:
         raise UserError(f"--data {name} has {names[0]} as classes of training but {names[-1]} of validation")
     for split in splits:
-        kind = str(getattr(split.features["label"], "dtype", type(split.features["label"]).__name__))
+        kind = label_kind(split)
         if not kind.startswith(("int", "uint")):
             raise UserError(f"--data {name} has labels of type {kind}; they must be whole numbers from 0 on")
     ranges = [label_range(split) for split in splits]

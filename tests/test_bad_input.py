@@ -64,6 +64,7 @@ def refuse(monkeypatch, capsys, tmp_path):
         ("--batch-size 10", "--batch-size 10 divisible --bn-batch 4 8 12"),
         ("--batch-size 2", "--batch-size 2 divisible 4"),
         ("--batch-size 0", "--batch-size 0 at least 1"),
+        ("--bn-batch 0", "--bn-batch 0 at least 2"),
         ("--bn-batch 1", "--bn-batch 1 at least 2"),
         ("--queue-size 0", "--queue-size 0 at least 1"),
         ("--temperature 0", "--temperature 0.0 above 0"),
