@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from moco.backbone import fitting_arch, load_backbone, push_loaded
+from moco.backbone import load_backbone, push_loaded
 from moco.batches import loader
 from moco.checkpoint import (
     append_metrics,
@@ -267,7 +267,7 @@ def main():
     with accelerator.local_main_process_first():  # what is downloaded is made once a machine
         backbone = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
         data = load_detection(args.data, args.years, args.box_format)
-    arch, _ = fitting_arch(backbone.state_dict())
+    arch = backbone.known["arch"]
     digest = weights_digest(backbone.state_dict())
 
     # ---- data
@@ -465,7 +465,7 @@ def main():
             print(f"{rule:<7} AP {values['AP']:.2f} %, AP50 {values['AP50']:.2f} %, AP75 {values['AP75']:.2f} %")
         print(f"results.json, curves.png and detections.png are in {args.output}")
         if args.push_to_hub:
-            print(push_loaded(args.output, args.backbone, args.encoder, backbone, args.push_to_hub))
+            print(push_loaded(args.output, args.backbone, backbone, args.push_to_hub))
     accelerator.end_training()
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from moco.augment import normalize, to_float
-from moco.backbone import feature_width, fitting_arch, load_backbone, push_loaded
+from moco.backbone import feature_width, load_backbone, push_loaded
 from moco.batches import CachedFeatures, LabelledCrops, batch_keys, loader, row_order, split_rows, train_keys
 from moco.checkpoint import (
     append_metrics,
@@ -262,8 +262,8 @@ def main():
     train_set, test_set = load_splits(
         args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
     )
-    args.image_size = args.image_size or backbone.image_size or 224
-    arch, _ = fitting_arch(backbone.state_dict())
+    args.image_size = args.image_size or backbone.known.get("image_size", 224)
+    arch = backbone.known["arch"]
     width = feature_width(backbone.state_dict())
     digest = weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them: in training mode it
@@ -476,7 +476,7 @@ def main():
             print(f"kNN {k:<5} top-1 {accuracy['top1']:.2f} %, top-5 {accuracy['top5']:.2f} %")
         print(f"result  top-1 {results['top1']:.2f} % with lr {results['lr']:g}, in {args.output / 'results.json'}")
         if args.push_to_hub:
-            print(push_loaded(args.output, args.backbone, args.encoder, backbone, args.push_to_hub))
+            print(push_loaded(args.output, args.backbone, backbone, args.push_to_hub))
     accelerator.end_training()
 
 

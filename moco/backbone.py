@@ -43,7 +43,8 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
     such as "ResNet50_Weights.IMAGENET1K_V1"; or "random", drawn from `seed`.
     arch: a name of `resnet_names()`; None takes what the source says, else what its shapes fit; "random" then is a
     resnet50. encoder: "query", or "key" for the momentum encoder, where the source has both.
-    Its attribute `image_size` is the side in pixels of the images it was trained on, None where that is not known.
+    Its attribute `known` is a dict of "arch" and, as far as the source tells, of "image_size" in pixels, "tag" and
+    "settings" of its training.
     Raises UserError where the keys or shapes are not exactly those of the architecture.
     """
     if source == "random":
@@ -53,16 +54,16 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
             return build_backbone(arch or "resnet50", "imagenet")
     weights, known = read_backbone(source, encoder)
     backbone = build_backbone(*fitting_arch(weights, arch or known.get("arch"), source))
+    backbone.known = known | backbone.known
     counters = {key: value for key, value in backbone.state_dict().items() if key.endswith("num_batches_tracked")}
     backbone.load_state_dict(counters | weights)
-    backbone.image_size = known.get("image_size")
     return backbone
 
 
 def read_backbone(source, encoder="query"):
     """({key as in torchvision: tensor} without `fc`, what is known of it) of any source but "random".
 
-    What is known is a dict with, as far as the source tells, "arch", "image_size", "tag" and "settings" of training.
+    What is known is a dict with, as far as the source tells, "arch" and what else `load_backbone` names.
     Raises UserError where the source is not there, damaged, unsafe to read, or holds no backbone.
     """
     path = Path(source)
@@ -265,7 +266,7 @@ def feature_width(weights):
 def build_backbone(arch, stem):
     """A ResNet of `build_encoder` whose head is the identity."""
     backbone = build_encoder(arch, head="fc", stem=stem)
-    backbone.fc, backbone.image_size = nn.Identity(), None
+    backbone.fc, backbone.known = nn.Identity(), {"arch": arch}
     return backbone
 
 
@@ -313,15 +314,15 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     write_json(folder / "config.json", config)
 
 
-def push_loaded(run, source, encoder, backbone, name):
-    """Publish a backbone with the results that were measured in `run`, a run folder; see `push_backbone`.
+def save_loaded(folder, backbone):
+    """`save_backbone` of what `load_backbone` gave, with what is known of it."""
+    known = {"image_size": 224, "tag": "moco", "settings": {"arch": backbone.known["arch"]}} | backbone.known
+    save_backbone(folder, backbone, known["arch"], known["image_size"], known["tag"], known["settings"])
 
-    source, encoder: of which `load_backbone` gave it; asked again for what is known of the weights.
-    """
-    known = {} if source == "random" else read_backbone(source, encoder)[1]
-    arch, _ = fitting_arch(backbone.state_dict())
-    size, tag = known.get("image_size", 224), known.get("tag", "moco")
-    save_backbone(run / "backbone", backbone, arch, size, tag, known.get("settings", {"arch": arch}))
+
+def push_loaded(run, source, backbone, name):
+    """Publish what `load_backbone` gave for `source`, with the results measured in `run`; see `push_backbone`."""
+    save_loaded(run / "backbone", backbone)
     if (Path(source) / "curves.png").exists():
         shutil.copy(Path(source) / "curves.png", run / "backbone")
     return push_backbone(run, name)
@@ -358,22 +359,20 @@ def convert(source, target, to, arch=None, encoder="query"):
         raise UserError(f"TARGET {target} --to {to} must end with {suffix}")
     if target.exists():
         raise UserError(f"TARGET {target} is there already; name another, or remove it")
-    known = {} if source == "random" else read_backbone(source, encoder)[1]
     backbone = load_backbone(source, arch, encoder)
-    weights = backbone.state_dict()
-    arch, _ = fitting_arch(weights, arch or known.get("arch"))
+    weights, known = backbone.state_dict(), backbone.known
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "torchvision":
         save_file(weights, target, {"format": "pt"})
     elif to == "timm":
-        settings = known.get("settings", {"arch": arch})
-        save_backbone(target, backbone, arch, known.get("image_size", 224), known.get("tag", "moco"), settings)
+        save_loaded(target, backbone)
     elif to == "detectron2":
         model = {to_detectron2(key): value for key, value in weights.items()}
         torch.save({"model": model, "__author__": "MOCO", "matching_heuristics": True}, target)
     else:
         state = {f"module.encoder_q.{key}": value for key, value in weights.items()}
-        torch.save({"epoch": known.get("settings", {}).get("epochs", 0), "arch": arch, "state_dict": state}, target)
+        epochs = known.get("settings", {}).get("epochs", 0)
+        torch.save({"epoch": epochs, "arch": known["arch"], "state_dict": state}, target)
 
 
 def parse_args():
