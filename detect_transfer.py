@@ -7,7 +7,6 @@ accelerate launch detect_transfer.py --output RUN/detection --resume            
 """
 
 import math
-import signal
 import time
 from contextlib import nullcontext
 from itertools import islice
@@ -45,6 +44,7 @@ from moco.publish import check_push, public_name
 from moco.report import save_detection_curves, save_detections
 from moco.run import (
     BACKBONE_HELP,
+    catch_sigterm,
     check_limits,
     check_output,
     default_output,
@@ -54,7 +54,9 @@ from moco.run import (
     given_flags,
     nearest_multiples,
     parse_resumed,
+    release_sigterm,
     start_accelerator,
+    stop_diverged,
 )
 from moco.schedule import warmup_step_rate
 
@@ -171,7 +173,7 @@ def check_args(args, processes):
         "warmup": (args.warmup >= 0, "0 or more"),
         "batch_size": (args.batch_size >= 1, "at least 1"),
         "lr": (0 < args.lr < math.inf, "above 0"),
-        "seed": (args.seed >= 0, "0 or more"),
+        "seed": (0 <= args.seed < 2**63, "at least 0 and below 2^63"),
         "evaluate_every": (args.evaluate_every >= 0, "0 (at the end alone) or more"),
         "checkpoint_every": (args.checkpoint_every >= 1, "at least 1"),
         "keep": (args.keep >= 1, "at least 1"),
@@ -336,7 +338,8 @@ def main():
             append_metrics(metrics, line)
 
     def save(step):
-        check_equal_state({"detector": unwrapped}, accelerator)
+        if not check_equal_state({"detector": unwrapped}, accelerator):
+            stop_diverged(accelerator, f"weights are not finite after step {step}", checkpoints)
         if is_main:  # so one process can save for all
             state = {"images": len(data.train), "window": window, "undecodable": undecodable}
             state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
@@ -356,12 +359,12 @@ def main():
         passes = training_passes(unwrapped.train(), loader(train_images, keys, args.workers), accelerator)
         precise_statistics(unwrapped, passes, accelerator)
         predictions, failed = detect(unwrapped, test_images, args.workers, accelerator)
-        name_undecodable(failed, named, accelerator, "it counts as an image without detections")
+        count = name_undecodable(failed, named, accelerator, "it counts as an image without detections")
+        check_undecodable(count, len(data.test), args.data)
         unwrapped.train()
         return predictions, evaluate_detections(data, predictions) if is_main else None
 
-    stopping = []  # signals that came in
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    stopping = catch_sigterm()
     total_steps = start if args.evaluate else args.iterations
     if not (args.resume or args.evaluate):
         save(0)
@@ -398,9 +401,7 @@ def main():
         told = accelerator.gather(told[None]).tolist()  # a row a process
         for process, row in enumerate(told):
             if not math.isfinite(loss := sum(row)):
-                kept = complete_checkpoints(checkpoints)[-1]
-                message = f"the loss is {loss} at step {step} on process {process}; lower --lr; {kept} is kept"
-                finish(accelerator, 1, message)
+                stop_diverged(accelerator, f"the loss is {loss} at step {step} on process {process}", checkpoints)
         *losses, failures, stop = (sum(column) for column in zip(*told, strict=True))
         if failures:
             name_undecodable(failed, named, accelerator)
@@ -446,6 +447,7 @@ def main():
         if stop:
             finish(accelerator, 143, f"SIGTERM: stopped after step {done}, which is saved; go on with --resume")
     bar.close()
+    release_sigterm(stopping)
 
     # ---- results
     predictions, scores = measure(total_steps)

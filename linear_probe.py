@@ -8,7 +8,6 @@ accelerate launch linear_probe.py --output RUN/linear_probe --resume           g
 """
 
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from moco.knn import cache_features, extract_features, feature_bank, feature_bat
 from moco.publish import check_push, public_name
 from moco.run import (
     BACKBONE_HELP,
+    catch_sigterm,
     check_limits,
     check_output,
     default_output,
@@ -49,7 +49,9 @@ from moco.run import (
     given_flags,
     nearest_multiples,
     parse_resumed,
+    release_sigterm,
     start_accelerator,
+    stop_diverged,
 )
 from moco.schedule import learning_rate
 
@@ -135,7 +137,7 @@ def check_args(args, processes):
         "batch_size": (args.batch_size >= 1, "at least 1"),
         "sgd_momentum": (0 <= args.sgd_momentum < 1, "at least 0 and below 1"),
         "weight_decay": (0 <= args.weight_decay < math.inf, "0 or more"),
-        "seed": (args.seed >= 0, "0 or more"),
+        "seed": (0 <= args.seed < 2**63, "at least 0 and below 2^63"),
         "knn": (all(k >= 1 for k in args.knn or []), "at least 1"),
         "knn_temperature": (0 < args.knn_temperature < math.inf, "above 0"),
         "evaluate_every": (args.evaluate_every >= 1, "at least 1"),
@@ -274,7 +276,7 @@ def main():
     classes = count_classes(train_set, test_set, args.data)
     if test_set is None:
         train_set, test_set = hold_out(train_set, max(1, len(train_set) // 5), b"validation", 0)
-    held_out = None
+    bank_set, held_out = train_set, None  # kNN is the same however many --lr there are
     if len(args.lr) > 1:
         count = min(HELD_OUT, int(HELD_OUT_SHARE * len(train_set)))
         if not count:
@@ -346,11 +348,10 @@ def main():
 
     def measure(dataset):
         accuracies, failed = evaluate(backbone, classifiers, dataset, args.image_size, args.workers, accelerator)
-        name_undecodable(failed, named, accelerator)
+        check_undecodable(name_undecodable(failed, named, accelerator), len(dataset), args.data)
         return accuracies
 
-    stopping = []  # signals that came in
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    stopping = catch_sigterm()
     if args.evaluate:
         total_steps = start
     elif not args.resume or start < saved:
@@ -359,7 +360,9 @@ def main():
     # ---- training
     if args.cached_features and start < total_steps:
         cache = (args.output / "features", backbone, digest, train_set, args.image_size, args.workers, accelerator)
-        name_undecodable(cache_features(*cache), named, accelerator)
+        failed, count = cache_features(*cache)
+        name_undecodable(failed, named, accelerator)
+        check_undecodable(count, len(train_set), args.data)
         keys = batch_keys(len(train_set), args.batch_size, args.seed, start, rank, world)
         batches = iter(loader(CachedFeatures(args.output / "features"), keys, workers=0))
     elif start < total_steps:  # else workers would read for nothing
@@ -392,8 +395,7 @@ def main():
         *told, failures, stop = accelerator.reduce(told, "sum").tolist()
         losses, correct = [loss / world for loss in told[: len(args.lr)]], told[len(args.lr) :]
         if not any(map(math.isfinite, losses)):
-            kept = complete_checkpoints(checkpoints)[-1]
-            finish(accelerator, 1, f"the loss is {losses[0]} at step {step}; lower --lr; {kept} is kept")
+            stop_diverged(accelerator, f"the loss is {losses[0]} at step {step}", checkpoints)
         if failures:
             name_undecodable(failed, named, accelerator)
             undecodable += int(failures)
@@ -437,6 +439,7 @@ def main():
         if stop:
             finish(accelerator, 143, f"SIGTERM: stopped after step {done}, which is saved; go on with --resume")
     bar.close()
+    release_sigterm(stopping)
 
     # ---- results
     results = {"backbone": args.backbone, "arch": arch, "encoder": args.encoder, "backbone_sha256": digest}
@@ -459,9 +462,10 @@ def main():
             backbone, test_set, range(len(test_set)), args.image_size, args.workers, accelerator
         )
         bank, bank_labels, failed_too = feature_bank(
-            backbone, train_set, range(len(train_set)), args.image_size, args.workers, accelerator
+            backbone, bank_set, range(len(bank_set)), args.image_size, args.workers, accelerator
         )
-        name_undecodable(failed + failed_too, named, accelerator)
+        count = name_undecodable(failed + failed_too, named, accelerator)
+        check_undecodable(count, len(test_set) + len(bank_set), args.data)
         knn = (features, labels, bank, bank_labels, classes, args.knn, args.knn_temperature, accelerator)
         results["knn"] = {str(k): accuracy for k, accuracy in knn_evaluate(*knn).items()}
     results |= {"undecodable": len(named), "settings": vars(args) | {"output": str(args.output)}} | provenance(world)

@@ -10,7 +10,6 @@ accelerate launch train_moco.py --recipe simclr        the end-to-end counterpar
 import copy
 import json
 import math
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,6 +47,7 @@ from moco.knn import knn_monitor
 from moco.publish import check_push, push_backbone
 from moco.report import save_curves, save_views
 from moco.run import (
+    catch_sigterm,
     check_limits,
     check_output,
     fast_bf16,
@@ -56,7 +56,9 @@ from moco.run import (
     given_flags,
     nearest_multiples,
     parse_resumed,
+    release_sigterm,
     start_accelerator,
+    stop_diverged,
 )
 from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
@@ -71,6 +73,7 @@ RECIPES = {
     "simclr": {
         "head": "mlp", "augment": "simclr", "temperature": 0.1, "schedule": "warmup-cosine", "optimizer": "lars",
         "weight_decay": 1e-6, "lr": None, "bn_batch": None,  # these two follow from the batch
+        "end_to_end": True,  # no flag: keys have gradients, and neither queue nor second encoder is there
     },
 }  # fmt: skip
 SCHEDULES = ("cosine", "step", "warmup-cosine")
@@ -140,7 +143,7 @@ def parse_args():
     add("--knn-every", type=int, metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none [%(default)s]")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too, where it is installed")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone when the run is done")
-    parser.set_defaults(**RECIPES["v2"])  # for --help to show
+    parser.set_defaults(end_to_end=False, **RECIPES["v2"])  # for --help to show
 
     given = given_flags(parser)
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
@@ -175,7 +178,7 @@ def check_args(args, processes, device_type):
         "lr": (0 < args.lr < math.inf, "above 0"),
         "sgd_momentum": (0 <= args.sgd_momentum < 1, "at least 0 and below 1"),
         "weight_decay": (0 <= args.weight_decay < math.inf, "0 or more"),
-        "seed": (args.seed >= 0, "0 or more"),
+        "seed": (0 <= args.seed < 2**63, "at least 0 and below 2^63"),
         "checkpoint_every": (args.checkpoint_every >= 1, "at least 1"),
         "keep": (args.keep >= 1, "at least 1"),
         "log_every": (args.log_every >= 1, "at least 1"),
@@ -187,7 +190,7 @@ def check_args(args, processes, device_type):
         ),
     }
     check_limits(vars(args), limits)
-    synchronised = processes > 1 and args.recipe == "simclr" and args.bn_batch == args.batch_size
+    synchronised = processes > 1 and args.end_to_end and args.bn_batch == args.batch_size
     unit = processes * (1 if synchronised else args.bn_batch)
     if args.batch_size % unit:
         raise UserError(
@@ -205,18 +208,21 @@ def check_args(args, processes, device_type):
 
 def print_settings(args, images, processes, groups, candidates):
     """What the run will do, in the papers' terms. groups: BatchNorm micro-batches a process."""
-    end_to_end = args.recipe == "simclr"
     print(
         f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
         f"model   {args.arch}, {args.stem} stem, {args.dim} dimensions"
-        + ("" if end_to_end else f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"),
+        + ("" if args.end_to_end else f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"),
         f"data    {args.data}: {images} images at {args.image_size} pixels, {images // args.batch_size} steps an epoch",
         f"batch   {args.batch_size} = {processes} processes x {groups} micro-batches x"
         f" {args.batch_size // processes // groups} images, BatchNorm over {args.bn_batch}",
         f"{args.optimizer.upper():7} {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum},"
         f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
         f"loss    chance is log({candidates}) = {math.log(candidates):.2f}"
-        + ("" if end_to_end else f"; lower for {-(-args.queue_size // args.batch_size)} steps, which fill the queue"),
+        + (
+            ""
+            if args.end_to_end
+            else f"; lower for {-(-args.queue_size // args.batch_size)} steps, which fill the queue"
+        ),
         f"output  {args.output}",
         sep="\n",
     )
@@ -244,14 +250,15 @@ def main():
     if len(train_set) < args.batch_size:
         raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
     read_image(train_set, 0)  # where nothing can be decoded, say so now
-    with_knn = args.knn_every > 0 and all(has_labels(split) for split in (train_set, test_set) if split is not None)
+    with_knn = args.knn_every > 0 and has_labels(train_set)
+    if with_knn and test_set is not None and not has_labels(test_set):
+        test_set = None  # the monitor then holds training images out
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
     n = args.batch_size // world  # images a process and step
     mine = slice(rank * n, (rank + 1) * n)  # its rows of the global batch
-    end_to_end = args.recipe == "simclr"
     micro_batches = max(1, n // args.bn_batch)
-    candidates = 2 * args.batch_size - 1 if end_to_end else 1 + args.queue_size  # one of which is the positive
+    candidates = 2 * args.batch_size - 1 if args.end_to_end else 1 + args.queue_size  # one of which is the positive
     rows = row_order(train_set, world, args.workers, args.shuffle_window)
 
     def keys_from(step):
@@ -263,7 +270,7 @@ def main():
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # running statistics look back over equally many steps on any hardware
             module.momentum = 0.1 / micro_batches
-    if not end_to_end:
+    if not args.end_to_end:
         key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(device)
         queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(device)
     if args.bn_batch > n:
@@ -274,15 +281,15 @@ def main():
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
     unwrapped = accelerator.unwrap_model(query_encoder, keep_torch_compile=False)  # to evaluate and to save
     dynamo = accelerator.state.dynamo_plugin  # accelerate launch --dynamo_backend compiles what is prepared
-    if dynamo.backend != DynamoBackend.NO and not end_to_end:
+    if dynamo.backend != DynamoBackend.NO and not args.end_to_end:
         key_encoder.compile(**dynamo.to_kwargs())
-    encoders = [unwrapped] if end_to_end else [unwrapped, key_encoder]
+    encoders = [unwrapped] if args.end_to_end else [unwrapped, key_encoder]
     augment = ViewAugment(args.augment)
 
     # ---- the run folder: start one, or go on with one
     checkpoints, metrics = args.output / "checkpoints", args.output / "metrics.jsonl"
     modules = {"query_encoder": unwrapped}
-    if not end_to_end:
+    if not args.end_to_end:
         modules |= {"key_encoder": key_encoder, "queue": queue}
     start, totals, undecodable = 0, {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
     if args.resume:
@@ -327,9 +334,11 @@ def main():
                 args.batch_size,
                 args.seed,
             )
+        no_labels = "no column of labels (whole numbers from 0 on), or of several --label-column names none"
         if not with_knn:
-            no_labels = f"--data {args.data} has no labels (whole numbers from 0)"
             print("kNN     off:", "--knn-every 0" if args.knn_every == 0 else no_labels)
+        elif test_set is None:
+            print("kNN     of training images held out, for there is no test set with labels")
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
 
@@ -339,7 +348,8 @@ def main():
         accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
     def save(step):
-        check_equal_state(modules, accelerator)
+        if not check_equal_state(modules, accelerator):
+            stop_diverged(accelerator, f"weights are not finite after step {step}", checkpoints)
         if is_main:  # so one process can save for all
             tensors = {name: module.state_dict() for name, module in modules.items()}
             state = {"images": len(train_set), "rows": rows, "totals": totals, "undecodable": undecodable}
@@ -352,12 +362,12 @@ def main():
     named = set()  # undecodable images, each printed once
 
     def measure_knn():
-        accuracy, failed = knn_monitor(unwrapped, train_set, test_set, args.image_size, args.workers, accelerator)
-        name_undecodable(failed, named, accelerator)
+        asked = (unwrapped, train_set, test_set, args.image_size, args.workers, accelerator)
+        accuracy, failed, images = knn_monitor(*asked)
+        check_undecodable(name_undecodable(failed, named, accelerator), images, args.data)
         return {"knn": accuracy}
 
-    stopping = []  # signals that came in
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    stopping = catch_sigterm()
     if not args.resume and with_knn:
         log({"step": 0, "epoch": 0} | measure_knn())
     if not args.resume or start < saved:
@@ -383,7 +393,7 @@ def main():
         params = {name: values[mine] for name, values in params.items()}
         query_images, key_images = augment(views.to(device, non_blocking=True), params)  # (n, 3, S, S) each
 
-        if not end_to_end:
+        if not args.end_to_end:
             # ---- a training step of MoCo: Algorithm 1 of the paper
             momentum_update(query_encoder, key_encoder, args.encoder_momentum)
             order = shuffle_order(args.seed, step, args.batch_size)
@@ -419,9 +429,8 @@ def main():
         told = accelerator.gather(told[None]).tolist()  # a row a process
         for process, (process_loss, *_) in enumerate(told):
             if not math.isfinite(process_loss):
-                kept = complete_checkpoints(checkpoints)[-1]
-                line = f"the loss is {process_loss} at step {step} on process {process}; {kept} is kept"
-                finish(accelerator, 1, line)
+                what = f"the loss is {process_loss} at step {step} on process {process}"
+                stop_diverged(accelerator, what, checkpoints)
         loss_sum, correct_sum, failures, stop = (sum(column) for column in zip(*told, strict=True))
         if failures:
             name_undecodable(failed, named, accelerator)
@@ -464,11 +473,12 @@ def main():
         if stop:
             finish(accelerator, 143, f"SIGTERM: stopped after step {done}, which is saved; go on with --resume")
     bar.close()
+    release_sigterm(stopping)
 
     # ---- what the run leaves
     if is_main:
         settings = json.loads((args.output / "args.json").read_text())
-        tag = "simclr" if end_to_end else f"moco_{args.recipe.replace('-', '_')}"
+        tag = ("" if args.end_to_end else "moco_") + args.recipe.replace("-", "_")
         save_backbone(args.output / "backbone", unwrapped, args.arch, args.image_size, tag, settings)
         print(f"backbone, views.png and curves.png are in {args.output}")
         if with_knn:

@@ -13,14 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# jitter: strengths of brightness, contrast, saturation, hue, and the probability that an image is jittered at all.
-# crop: the least share of an image's area. v1, arXiv:1911.05722 section 3.3: gray, then jitter. v2, arXiv:2003.04297
-# section 3, and simclr, arXiv:2002.05709 appendix A with strength 1: jitter, gray, blur.
+# crop: the least share of an image's area. jitter: strengths of brightness, contrast, saturation, hue. jitter_p, gray_p
+# and blur_p: how probable each is. gray_first: before the jitter, not after it. Sources: arXiv:1911.05722 section 3.3,
+# arXiv:2003.04297 section 3, arXiv:2002.05709 appendix A with strength 1.
 RECIPES = {
-    "v1": {"crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.4), "jitter_p": 1.0, "gray_p": 0.2, "blur_p": 0.0},
-    "v2": {"crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "blur_p": 0.5},
-    "simclr": {"crop": 0.08, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "gray_p": 0.2, "blur_p": 0.5},
-}
+    "v1": {
+        "crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.4), "jitter_p": 1.0, "gray_p": 0.2, "gray_first": True, "blur_p": 0.0,
+    },
+    "v2": {
+        "crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "gray_first": False, "blur_p": 0.5,
+    },
+    "simclr": {
+        "crop": 0.08, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8,
+        "gray_p": 0.2, "gray_first": False, "blur_p": 0.5,
+    },
+}  # fmt: skip
 CROP_RATIO = (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLUR_SIGMA = (0.1, 2.0)  # pixels of a 224 pixel image
@@ -177,7 +184,7 @@ class ViewAugment(nn.Module):
 
     def __init__(self, recipe):
         super().__init__()
-        self.gray_first = recipe == "v1"
+        self.gray_first = RECIPES[recipe]["gray_first"]
 
     @torch.no_grad()
     def forward(self, uint8_views, params):

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import math
 import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -196,12 +197,13 @@ def as_made(batch):
 
 
 def leave_group(worker):
-    """Put a worker in a process group of its own, so that a signal to the run's group does not end it.
+    """Put a worker in a process group of its own, so that SIGTERM to the run's group does not end it.
 
     Launchers send SIGTERM to the group: the step that is being taken still needs its batch, and then a checkpoint is
-    saved. Workers end with their process.
+    saved. Where each process is sent it, as by systemd, the first is ignored; the second is from the end of the run.
     """
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # ---- evaluation batches

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moco.errors import UserError
+from moco.errors import UserError, first_line
 
 
 def write_json(path, value):
@@ -35,20 +36,26 @@ def save_checkpoint(folder, step, tensors, state, keep):
     """Write folder/step_N, then remove the oldest complete checkpoints beyond `keep`, and any of later steps.
 
     tensors: {file name: {key: tensor}}, each a safetensors file. state: what JSON can hold.
-    The folder appears under its name only once everything in it is on disk.
+    The folder appears under its name only once everything in it is on disk. Raises UserError where it cannot be
+    written, on a full disk for example.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    for left_over in folder.glob(".step_*.partial"):  # of a kill while saving
-        shutil.rmtree(left_over)
-    partial.mkdir(parents=True)
-    checksums = {}
-    for name, values in tensors.items():
-        path = partial / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
-        sync(path)
-        checksums[path.name] = checksum(path)
-    write_json(partial / "state.json", {"step": step, "sha256": checksums, **state})
-    sync(partial)
+    try:
+        for left_over in folder.glob(".step_*.partial"):  # of a kill while saving
+            shutil.rmtree(left_over)
+        partial.mkdir(parents=True)
+        checksums = {}
+        for name, values in tensors.items():
+            path = partial / f"{name}.safetensors"
+            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+            sync(path)
+            checksums[path.name] = checksum(path)
+        write_json(partial / "state.json", {"step": step, "sha256": checksums, **state})
+        sync(partial)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{final} cannot be written ({first_line(error)}); make room, then go on with --resume", alone=True
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     sync(folder)
@@ -62,13 +69,17 @@ def check_equal_state(modules, accelerator):
     """Raise RuntimeError where modules, {name: module}, differ between processes, which one process is to save.
 
     Nothing repairs a difference in what lives outside DDP, so none may go unnoticed. All processes call it together.
+    Returns whether all of their numbers are finite.
     """
+    finite = True
     for name, module in modules.items():
         sums = torch.stack([value.double().sum() for value in module.state_dict().values()])
         everywhere = accelerator.gather(sums[None])  # (processes, tensors)
         same = everywhere.eq(everywhere[0]) | (everywhere.isnan() & everywhere[0].isnan())  # diverged on all alike
         if not same.all():
             raise RuntimeError(f"{name} differs between processes: an update is missing on some, or not the same")
+        finite = finite and bool(everywhere.isfinite().all())
+    return finite
 
 
 def checksum(path):
@@ -147,11 +158,19 @@ def append_metrics(path, line):
 
 
 def read_metrics(path):
-    """The lines of metrics.jsonl as dicts, but for one that a kill left half-written at the end."""
-    lines = path.read_text().splitlines()
-    if lines and not lines[-1].endswith("}"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
+    """The lines of metrics.jsonl as dicts, but for one that a kill left half-written at the end.
+
+    Raises UserError where it is not there or damaged.
+    """
+    try:
+        lines = path.read_text().splitlines()
+        if lines and not lines[-1].endswith("}"):
+            lines.pop()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged or missing ({first_line(error)}); an empty file in its place will do"
+        ) from error
 
 
 def trim_metrics(path, step):

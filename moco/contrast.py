@@ -10,7 +10,8 @@ def contrastive_logits(queries, keys, queue, temperature):
 
     queries, keys: (N, C), L2-normalised. queue: (K, C), L2-normalised.
     temperature: > 0, dimensionless (v1: 0.07, v2: 0.2).
-    Returns (N, 1 + K) float32, or float64 where the inputs are: half precision is too coarse for the softmax.
+    Returns (N, 1 + K) float32, or float64 where the inputs are: half precision is too coarse for the softmax, so
+    autocast is left, too.
     Raises ValueError if temperature <= 0.
     Source: arXiv:1911.05722, Algorithm 1.
     """
@@ -18,8 +19,9 @@ def contrastive_logits(queries, keys, queue, temperature):
         raise ValueError(f"temperature must be above 0, got {temperature}")
     dtype = torch.promote_types(queries.dtype, torch.float32)
     q = queries.to(dtype) / temperature  # here, not of the logits, which are hundreds of times as many numbers
-    positive = (q * keys.to(dtype)).sum(dim=1, keepdim=True)  # (N, 1)
-    negative = q @ queue.to(dtype).T  # (N, K)
+    with torch.autocast(q.device.type, enabled=False):
+        positive = (q * keys.to(dtype)).sum(dim=1, keepdim=True)  # (N, 1)
+        negative = q @ queue.to(dtype).T  # (N, K)
     return torch.cat([positive, negative], dim=1)
 
 
@@ -28,7 +30,8 @@ def nt_xent_logits(first, second, temperature):
 
     first, second: (N, C), L2-normalised; row i of one and of the other are the views of image i.
     temperature: > 0, dimensionless. Returns logits (2N, 2N - 1), without similarities of a view to itself, in float32
-    (float64 where the inputs are), and labels (2N,), the columns of the positives. Their cross-entropy is the loss.
+    (float64 where the inputs are) under autocast, too, and labels (2N,), the columns of the positives. Their
+    cross-entropy is the loss.
     Raises ValueError if temperature <= 0.
     Source: arXiv:2002.05709, equation 1 and Algorithm 1; SimCLR's TensorFlow code has exactly twice this loss.
     """
@@ -37,7 +40,8 @@ def nt_xent_logits(first, second, temperature):
     z = torch.cat([first, second])
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     rows, n = len(z), len(first)
-    similarity = z @ z.T / temperature
+    with torch.autocast(z.device.type, enabled=False):
+        similarity = z @ z.T / temperature
     # Without its first entry, rows of one more entry than before each end with one of the diagonal.
     logits = similarity.flatten()[1:].view(rows - 1, rows + 1)[:, :-1].reshape(rows, rows - 1)
     image = torch.arange(n, device=z.device)

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from moco.errors import UserError, first_line
+from moco.folder import TEST, TRAIN, folder_splits
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers
 
@@ -28,21 +29,23 @@ UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  
 def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True):
     """The images that `name` stands for, as (train, test) data sets of rows; test is None where there is no split.
 
-    name: "shapes"; a folder (a folder of images for each class, or flat, below train/ and val/ if there is a split;
-    or parquet files; or what `save_to_disk` wrote); or USER/NAME on the Hub. revision: of a Hub name, None for main.
+    name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
+    USER/NAME on the Hub. revision: of a Hub name, None for main.
     streaming: read parquet files by row group where they lie (ParquetImages); everything else, and parquet files
     without it, is downloaded or converted once a machine and kept on disk (a Hugging Face dataset).
     All processes call it together. Raises UserError for a name, folder or column that is not there.
     """
-    if name == "shapes":
-        with PartialState().local_main_process_first():  # drawn once a machine
-            return shapes_dataset("train"), shapes_dataset("test")
-    folder = Path(name)
-    if not folder.is_dir():
+    folder, here = Path(name), name != "" and Path(name).is_dir()
+    if name != "shapes" and not here:
         check_hub_name(name)
     try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        if name == "shapes":
+            with PartialState().local_main_process_first():  # drawn once a machine
+                return shapes_dataset("train"), shapes_dataset("test")
+        if here and ((folder / "dataset_dict.json").exists() or (folder / "state.json").exists()):
             splits = datasets.load_from_disk(name)
+        elif here and (found := folder_splits(name)):
+            splits = found
         else:
             builder = datasets.load_dataset_builder(name, revision=revision)
             files = builder.config.data_files or {}
@@ -52,7 +55,7 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
                 and all(str(path).endswith(".parquet") for paths in files.values() for path in paths)
             ):
                 return parquet_splits(name, files, image_column, label_column)
-            if streaming and not folder.is_dir() and PartialState().is_main_process:
+            if streaming and not here and PartialState().is_main_process:
                 print(f"data    {name} is not in parquet files: downloaded once a machine in place of being streamed")
             with PartialState().local_main_process_first():
                 builder.download_and_prepare()
@@ -74,9 +77,12 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
 
 
 def train_and_test(splits):
-    """Of {split: data}, what to train on and what to test on, or None."""
-    train = "train" if "train" in splits else next(iter(splits))
-    test = next((split for split in ("validation", "test") if split in splits and split != train), None)
+    """Of {split: data}, what to train on and what to test on, or None; what is neither is named."""
+    train = next((split for split in TRAIN if split in splits), next(iter(splits)))
+    test = next((split for split in TEST if split in splits and split != train), None)
+    left_out = [split for split in splits if split not in (train, test)]
+    if left_out and PartialState().is_main_process:
+        print(f"data    split {train} to train on, {test or 'none'} to test on; left out: {', '.join(left_out)}")
     return splits[train], splits.get(test)
 
 
@@ -90,7 +96,12 @@ def parquet_splits(name, files, image_column, label_column):
         if split is not None:
             paths, footers = split
             features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
-            split = ParquetImages(paths, footers, *choose_columns(features, name, image_column, label_column))
+            columns = choose_columns(features, name, image_column, label_column)
+            kind = features[columns[0]]
+            fields = set(kind) if isinstance(kind, dict) else set()
+            if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
+                raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
+            split = ParquetImages(paths, footers, *columns)
         splits.append(split)
     return tuple(splits)
 
@@ -142,7 +153,7 @@ def select_columns(dataset, name, image_column, label_column):
     dataset = dataset.rename_columns({image_column: "image"} | ({label_column: "label"} if label_column else {}))
     try:
         return dataset.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--image-column {image_column} of {name} does not hold images: {first_line(error)}") from error
 
 
@@ -221,7 +232,8 @@ def decode_image(record):
     """An encoded image, {"bytes", "path"}, of which one may be None -> (H, W, 3) uint8 array.
 
     JPEGs are decoded by simplejpeg, bit for bit as by Pillow and faster; what it refuses (CMYK, damage) and every other
-    format by Pillow. Gray, palette and RGBA images become RGB, 16 bits become 8. Raises one of UNDECODABLE.
+    format by Pillow. Gray, palette and RGBA images become RGB, 16 bits become 8. Raises one of UNDECODABLE, also where
+    a row has no image.
     """
     data = encoded_bytes(record)
     if data[:2] == JPEG:
@@ -229,29 +241,35 @@ def decode_image(record):
             return simplejpeg.decode_jpeg(data)
         except ValueError:
             pass
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
+                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except RuntimeError as error:  # Pillow's, of a damaged AVIF
+        raise OSError(str(error)) from error
 
 
 def encoded_bytes(record):
+    if record is None or (record["bytes"] is None and record["path"] is None):
+        raise ValueError("the row has no image")
     return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
 
 
 def read_image(dataset, index, decode=decode_image):
     """Row `index` decoded, or the nearest row after it that can be.
 
-    Returns (what `decode` makes of the record, row, [(name, reason) of the undecodable]).
+    Returns (what `decode` makes of the record, row, [(name, reason)] if it is not the row asked for): of several
+    undecodable rows together each counts once, when it is asked for itself.
     """
     undecodable = []
     for row in range(index, index + len(dataset)):
         row %= len(dataset)
         record = dataset[row]["image"]
         try:
-            return decode(record), row, undecodable
+            return decode(record), row, undecodable[:1]
         except UNDECODABLE as error:
-            undecodable.append((record["path"] or f"row {row}", first_line(error)))
+            undecodable.append(((record or {}).get("path") or f"row {row}", first_line(error)))
     raise UserError(f"none of the {len(dataset)} images can be decoded; the first: {': '.join(undecodable[0])}")
 
 
@@ -259,19 +277,24 @@ def read_image(dataset, index, decode=decode_image):
 
 
 def check_undecodable(undecodable, images, data):
-    """Raise UserError where of an epoch's images too many could not be decoded: then the data is at fault."""
+    """Raise UserError where of so many images, of an epoch or an evaluation, too many could not be decoded."""
     if undecodable > MAX_UNDECODABLE * images:
-        raise UserError(f"{undecodable} of {images} images of --data {data} cannot be decoded")
+        raise UserError(
+            f"{undecodable} of {images} images of --data {data} cannot be decoded, more than {MAX_UNDECODABLE:.0%};"
+            " mend or remove them"
+        )
 
 
 def name_undecodable(failed, named, accelerator, instead="its neighbour takes its place"):
-    """Print each undecodable image once, on the main process. All processes call it together.
+    """Print each undecodable image once, on the main process; returns how many all processes have, which call together.
 
     failed: this process's [(name, reason), ...]. named: the set of names printed before, which grows. instead: what
     becomes of it.
     """
-    for name, reason in gather_object(failed):
+    everyone = gather_object(failed)
+    for name, reason in everyone:
         if name not in named:
             named.add(name)
             if accelerator.is_main_process:
                 tqdm.write(f"cannot decode {name} ({reason}): {instead}", file=sys.stderr)
+    return len(everyone)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moco.coco import evaluate_coco
-from moco.data import UNDECODABLE, check_hub_name, decode_image
+from moco.data import UNDECODABLE, check_hub_name, decode_image, encoded_bytes
 from moco.errors import UserError, first_line
 from moco.shapes import CLASSES as SHAPES_CLASSES
 from moco.shapes import draw_scene, encode_jpeg
@@ -157,7 +157,7 @@ def voc_record(root, name, left_out):
     boxes, labels, difficult = [], [], []
     try:
         tree = xml.etree.ElementTree.parse(path)
-        width, height = (int(tree.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         for thing in tree.findall("object"):
             label = thing.findtext("name", "")
             if label not in VOC_CLASSES:
@@ -166,7 +166,9 @@ def voc_record(root, name, left_out):
             boxes.append([corners[0] - 1, corners[1] - 1, corners[2], corners[3]])
             labels.append(VOC_CLASSES.index(label))
             difficult.append(thing.findtext("difficult", "0").strip() == "1")
-    except (xml.etree.ElementTree.ParseError, TypeError) as error:
+    except UserError:
+        raise
+    except (xml.etree.ElementTree.ParseError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a VOC annotation: {first_line(error)}") from error
     if min(width, height) < 1:
         width, height = image_size(image, left_out)
@@ -176,7 +178,7 @@ def voc_record(root, name, left_out):
 def image_size(image, left_out):
     """(width, height) from the header of an encoded image; (1, 1), which holds no box, where it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+        with Image.open(io.BytesIO(encoded_bytes(image))) as opened:
             return opened.size
     except UNDECODABLE:
         left_out["images whose size cannot be read"] += 1
@@ -264,7 +266,7 @@ def hub_split(dataset, name, box_format, classes, left_out):
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     sized = {"width", "height"} <= dataset.features.keys()
     for row, values in enumerate(dataset.remove_columns("image") if sized else dataset):
-        things = values["objects"]
+        things = values["objects"] or {}
         if isinstance(things, list):  # a list of objects, where others have an object of lists
             things = {
                 key: [thing[key] for thing in things]
@@ -318,12 +320,13 @@ class DetectionImages(Dataset):
                 try:
                     image = decode_image(encoded_image(record))
                 except UNDECODABLE as error:
-                    undecodable.append((record["name"], first_line(error)))
+                    if row == index:
+                        undecodable.append((record["name"], first_line(error)))
+                    row = (row + 1) % len(self.records)
                     if self.seed is None:
                         break
-                    if len(undecodable) > len(self.records):
+                    if row == index:
                         raise UserError(f"none of the {len(self.records)} training images can be decoded") from error
-                    row = (row + 1) % len(self.records)
             items.append((None, {"index": index}) if image is None else self.prepare(image, record, iteration, index))
         return items, undecodable
 

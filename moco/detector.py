@@ -181,7 +181,10 @@ class ProposalNetwork(RegionProposalNetwork):
         return labels, matched
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
-        """Both losses are sums over samples / (batch size an image * images), boxes by L1 (SMOOTH_L1_BETA 0)."""
+        """Both losses are sums over samples / (batch size an image * images), boxes by L1 (SMOOTH_L1_BETA 0).
+
+        Where any output is not finite the box loss is not either: proposals leave such boxes out in silence.
+        """
         normalizer = self.fg_bg_sampler.batch_size_per_image * len(labels)
         labels, targets = torch.cat(labels), torch.cat(regression_targets)
         sampled, positive = labels >= 0, labels == 1
@@ -189,7 +192,7 @@ class ProposalNetwork(RegionProposalNetwork):
         objectness_loss = F.binary_cross_entropy_with_logits(
             objectness.flatten()[sampled], labels[sampled], reduction="sum"
         )
-        return objectness_loss / normalizer, box_loss / normalizer
+        return objectness_loss / normalizer, box_loss / normalizer + 0 * (objectness.sum() + pred_bbox_deltas.sum())
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
         """The best of each image after NMS, by logits; only boxes of no area go (MIN_SIZE 0) or not finite."""

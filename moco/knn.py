@@ -2,10 +2,12 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
@@ -13,6 +15,7 @@ from moco.augment import normalize, to_float
 from moco.backbone import feature_width
 from moco.batches import CenterCrops, loader, ordered_keys, sample_rows, split_rows
 from moco.checkpoint import write_json
+from moco.errors import UserError
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 SIMILARITIES = 2**26  # entries of the similarity matrix at a time: 256 MB in float32
@@ -103,30 +106,38 @@ def cache_features(folder, backbone, digest, dataset, size, workers, accelerator
     """Write features of one fixed crop of each image, float16, and labels to folder/*.npy, for `CachedFeatures`.
 
     Each process writes its part of the same files; digest: of the backbone, by which a finished cache is known again.
-    Returns this process's undecodable images as (name, reason).
+    Returns this process's undecodable images as (name, reason), and how many all have; of a finished cache only this.
+    Raises UserError where the disk is too full.
     """
     made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": size}
-    done = folder / "cache.json"
-    if done.exists() and json.loads(done.read_text()) == made_of:
-        return []
+    paths, done = [folder / "features.npy", folder / "labels.npy"], folder / "cache.json"
+    if done.exists() and made_of.items() <= (known := json.loads(done.read_text())).items():
+        return [], known["undecodable"]
+    accelerator.wait_for_everyone()
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        for path in (done, *paths):
+            path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    width = feature_width(backbone.state_dict())
+    needed, free = len(dataset) * (2 * width + 8), shutil.disk_usage(folder).free
+    if needed > free:  # else a bus error tells of it, for files are mapped and filled later
+        raise UserError(f"{folder} needs {needed / 1e9:.1f} GB for features, {free / 1e9:.1f} GB are free; make room")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        done.unlink(missing_ok=True)
-        width = feature_width(backbone.state_dict())
-        np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, (len(dataset), width))
-        np.lib.format.open_memmap(folder / "labels.npy", "w+", np.int64, (len(dataset),))
+        np.lib.format.open_memmap(paths[0], "w+", np.float16, (len(dataset), width))
+        np.lib.format.open_memmap(paths[1], "w+", np.int64, (len(dataset),))
     accelerator.wait_for_everyone()
-    files = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("features", "labels")]
+    files = [np.load(path, mmap_mode="r+") for path in paths]
     first, mine = split_rows(dataset, range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
     own = [file[first:] for file in files]
     undecodable = fill_features(own, backbone, dataset, mine, size, workers, accelerator)
     for file in files:
         file.flush()
-    accelerator.wait_for_everyone()
+    count = len(gather_object(undecodable))  # by then every process has written its part
     if accelerator.is_main_process:
-        write_json(done, made_of)
-    return undecodable
+        write_json(done, made_of | {"undecodable": count})
+    return undecodable, count
 
 
 @torch.no_grad()
@@ -165,12 +176,12 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
 
     encoder: a ResNet, whose head `fc` is left out; run in eval mode on a copy. A fixed sample of at most MONITOR_BANK
     and MONITOR_QUERIES images, so that it follows training, not more: the full evaluation is linear_probe.py's.
-    Returns the accuracy and this process's undecodable images as (name, reason).
+    Returns the accuracy, this process's undecodable images as (name, reason), and how many images were looked at.
     """
     backbone = copy.deepcopy(encoder).eval()
     backbone.fc = nn.Identity()
     if test_set is None:
-        held_out = min(MONITOR_QUERIES, len(train_set) // 5)
+        held_out = min(MONITOR_QUERIES, max(1, len(train_set) // 5))
         sample = sample_rows(train_set, MONITOR_BANK + held_out)
         test_set, queries, rows = train_set, sample[:held_out], sample[held_out:]
     else:
@@ -179,4 +190,4 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
     features, labels, failed_too = extract_features(backbone, test_set, queries, size, workers, accelerator)
     classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
     scores = knn_evaluate(features, labels, bank, bank_labels, classes, [200], 0.07, accelerator)
-    return scores[200]["top1"], failed + failed_too
+    return scores[200]["top1"], failed + failed_too, len(rows) + len(queries)

@@ -65,7 +65,11 @@ def check_push(name):
     """Raise UserError at once where a push to `name` at the end of a run could not succeed for want of a login."""
     try:
         huggingface_hub.utils.validate_repo_id(name)
+        if "/" not in name:
+            raise UserError(f"--push-to-hub {name} lacks the user or organisation; name USER/NAME")
         huggingface_hub.HfApi().whoami()
+    except UserError:
+        raise
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalTokenNotFoundError) as error:
         raise UserError(f"--push-to-hub {name}: {first_line(error)}; name USER/NAME, and `hf auth login`") from error
     except Exception as error:  # refused, or no network, for which each client library has its own exceptions
@@ -126,7 +130,8 @@ def model_card(config, results, name, with_curves):
         model_name=name.split("/")[-1],
         eval_results=sum(map(evaluations, results), []) or None,
     )
-    how = PAPERS[settings["recipe"].split("-")[0]] if settings.get("recipe") else "imported from elsewhere"
+    recipe = settings.get("recipe", "")
+    how = PAPERS.get(recipe.split("-")[0], f"recipe {recipe} of train_moco.py") if recipe else "imported from elsewhere"
     size = config["pretrained_cfg"]["input_size"][-1]
     parts = [
         f"---\n{front.to_yaml()}\n---\n",

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -100,7 +101,8 @@ def check_output(output, goes_on):
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error}); name another folder") from error
-    if not goes_on and complete_checkpoints(output / "checkpoints"):
+    left = [file for file in ("backbone/model.safetensors", "results.json") if (output / file).exists()]
+    if not goes_on and (complete_checkpoints(output / "checkpoints") or left):
         raise UserError(f"--output {output} holds another run; add --resume to go on with it, or name another folder")
 
 
@@ -138,6 +140,27 @@ def fast_bf16():
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def catch_sigterm():
+    """A list that grows with each SIGTERM from now on, in place of the process's end."""
+    came = []
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    return came
+
+
+def release_sigterm(came):
+    """Let SIGTERM end the process again, after the last step, when all is saved; at once if one came since then."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if came:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def stop_diverged(accelerator, what, checkpoints):
+    """Stop every process where numbers are no longer finite. What is kept may be of weights that were on their way."""
+    kept = ", ".join(map(str, complete_checkpoints(checkpoints)[-1:])) or "nothing"
+    message = f"{what}: the run diverged; start anew with a lower --lr and another --output ({kept} is kept)"
+    finish(accelerator, 1, message)
 
 
 def finish(accelerator, code, message):

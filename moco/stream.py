@@ -178,7 +178,7 @@ class ParquetImages:
         for file, index in self.groups:
             row_group = self.footers[file].row_group(index)
             chunks = (row_group.column(i) for i in range(row_group.num_columns))
-            statistics = next(chunk.statistics for chunk in chunks if chunk.path_in_schema == self.columns[1])
+            statistics = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == self.columns[1]), None)
             if statistics is None or not statistics.has_null_count:
                 return None
             if statistics.null_count:
@@ -220,7 +220,8 @@ class ParquetImages:
         """One row group's columns as a table, by one request where their bytes lie together."""
         file, index = self.groups[group]
         chunks = [self.footers[file].row_group(index).column(i) for i in range(self.footers[file].num_columns)]
-        wanted = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in self.columns]
+        paths = tuple(f"{column}." for column in self.columns)  # of image.bytes, label ...
+        wanted = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(paths)]
         ranges = []
         for start, end in sorted(map(chunk_range, wanted)):
             if ranges and ranges[-1][1] == start:

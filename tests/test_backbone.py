@@ -45,6 +45,19 @@ def test_golden_checkpoints_of_the_reference_are_imported(golden):
             assert to_detectron2(key.removeprefix("module.encoder_q.")) == renamed
 
 
+def test_names_of_detectron2():
+    """Written out: a folder of golden numbers may hold no pairs of names, and a round trip shows no common mistake."""
+    names = {
+        "conv1.weight": "stem.conv1.weight",
+        "bn1.running_var": "stem.conv1.norm.running_var",
+        "layer1.0.conv3.weight": "res2.0.conv3.weight",
+        "layer3.5.bn2.bias": "res4.5.conv2.norm.bias",
+        "layer4.0.downsample.0.weight": "res5.0.shortcut.weight",
+        "layer4.0.downsample.1.running_mean": "res5.0.shortcut.norm.running_mean",
+    }
+    assert {key: to_detectron2(key) for key in names} == names
+
+
 def test_golden_features_of_imported_backbones(golden):
     numbers = load_file(golden / "checkpoint" / "features.safetensors")
     for key in [key for key in numbers if key.endswith("|images")]:

@@ -78,7 +78,8 @@ def refuse(monkeypatch, capsys, tmp_path):
         ("--mixed-precision fp16", "--mixed-precision fp16 GPU bf16"),
         ("--recipe simclr --epochs 10", "--warmup-epochs 10 below the 10 epochs"),
         ("--workers -1", "--workers -1 0 or more"),
-        ("--seed -1", "--seed -1 0 or more"),
+        ("--seed -1", "--seed -1 at least 0"),
+        ("--seed 9223372036854775808", "--seed 9223372036854775808 below 2^63"),
     ],
 )
 def test_a_value_outside_its_limits(refuse, folder, tmp_path, flags, words):
@@ -147,6 +148,13 @@ def test_resume_from_nothing(refuse, folder, tmp_path):
 def test_an_output_that_holds_another_run(refuse, folder, finished_run):
     line = refuse("--data", folder, output=finished_run)
     assert str(finished_run) in line and "--resume" in line
+
+
+@pytest.mark.parametrize("left", ["backbone/model.safetensors", "results.json"])
+def test_an_output_that_holds_a_run_without_its_checkpoints(refuse, folder, tmp_path, left):
+    (tmp_path / "run" / left).parent.mkdir(parents=True)
+    (tmp_path / "run" / left).write_bytes(b"")
+    assert "holds another run" in refuse("--data", folder)
 
 
 def test_resume_from_another_recipe(refuse, folder, finished_run):

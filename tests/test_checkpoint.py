@@ -53,6 +53,21 @@ def test_a_folder_that_lacks_a_file_is_no_checkpoint(tmp_path, missing):
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_1"]
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, tensors(), {}, keep=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moco.checkpoint.sync", full)
+    with pytest.raises(UserError, match="step_2 cannot be written .*No space left.* make room.* --resume"):
+        save_checkpoint(tmp_path, 2, tensors(1), {}, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_1"]
+    save_checkpoint(tmp_path, 2, tensors(1), {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
+
+
 def test_a_folder_that_was_being_written_is_no_checkpoint_and_is_written_anew(tmp_path):
     save_checkpoint(tmp_path, 1, tensors(), {}, keep=2)
     (tmp_path / "step_1").rename(tmp_path / ".step_1.partial")
@@ -96,6 +111,10 @@ def test_metrics_are_cut_after_the_step_and_at_a_half_written_line(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [0, 10, 20]
     trim_metrics(path, 10)
     assert path.read_text() == "\n".join(lines[:2]) + "\n"
+    path.write_text('{"step": 0, "lo\n{"step": 10}\n')
+    for damaged in (path, tmp_path / "absent.jsonl"):
+        with pytest.raises(UserError, match=f"{damaged.name} is damaged or missing"):
+            read_metrics(damaged)
 
 
 def test_an_optimizers_state_comes_back_in_the_layout_of_its_weights(tmp_path):
@@ -111,10 +130,11 @@ def test_an_optimizers_state_comes_back_in_the_layout_of_its_weights(tmp_path):
     assert after.equal(before) and after.stride() == encoder.weight.stride()
 
 
-def test_weights_that_diverged_alike_are_equal():
+def test_weights_that_diverged_alike_are_equal_but_not_finite():
     module = torch.nn.Linear(2, 2)
+    assert check_equal_state({"classifiers": module}, Accelerator(cpu=True))  # of one process, too
     module.weight.data[0] = torch.nan
-    check_equal_state({"classifiers": module}, Accelerator(cpu=True))  # of one process, too
+    assert not check_equal_state({"classifiers": module}, Accelerator(cpu=True))
 
 
 def test_a_checkpoint_half_written_is_removed_by_the_next(tmp_path):

@@ -44,6 +44,14 @@ def test_half_precision_inputs_give_float32_logits_and_double_ones_double():
     assert contrastive_logits(queries.double(), keys.double(), queue.double(), 0.2).dtype == torch.float64
 
 
+def test_autocast_does_not_coarsen_the_logits():
+    queries, keys, queue = unit(2, 4), unit(2, 4, seed=1), unit(3, 4, seed=2)
+    expected = contrastive_logits(queries, keys, queue, 0.07), nt_xent_logits(queries, keys, 0.07)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = contrastive_logits(queries, keys, queue, 0.07), nt_xent_logits(queries, keys, 0.07)[0]
+    assert all(a.dtype == torch.float32 and a.equal(b) for a, b in zip(found, expected))
+
+
 @pytest.mark.parametrize("temperature", [0, -0.1])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature"):

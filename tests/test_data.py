@@ -95,6 +95,22 @@ def test_parquet_files_and_saved_datasets_are_read_whatever_the_columns_are_call
         np.testing.assert_array_equal(decode_image(train_set[2]["image"]), expected)
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_column_of_something_else_is_refused(tmp_path, streaming):
+    name = parquet(tmp_path / "parquet", number=[0, 1, 0, 1])
+    with pytest.raises(UserError, match="--image-column number of .* does not hold images"):
+        load_splits(name, image_column="number", streaming=streaming)
+
+
+def test_a_column_with_a_dot_in_its_name(tmp_path):
+    columns = {"img.jpg": [encoded(picture(0), "JPEG")], "img": [7]}
+    features = datasets.Features({"img.jpg": datasets.Image(), "img": datasets.Value("int64")})
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "dots" / "train.parquet")
+    images, _ = load_splits(str(tmp_path / "dots"), label_column="img")
+    assert images[0]["label"] == 7 and images.label_range() == (0, 7)
+    assert decode_image(images[0]["image"]).shape == (30, 40, 3)
+
+
 def test_names_and_columns_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
@@ -102,6 +118,7 @@ def test_names_and_columns_that_are_not_there_are_refused(tmp_path):
     flat = write_images(tmp_path / "flat", 2)
     for name, message in {
         "nosuch": "neither 'shapes'",
+        "": "neither 'shapes'",
         str(tmp_path / "nosuch"): "neither 'shapes'",
         str(flat / "000.jpg"): "neither 'shapes'",
         str(tmp_path / "empty"): "cannot be read as images",
@@ -250,8 +267,26 @@ def test_a_damaged_image_is_named_and_its_neighbour_takes_its_place(tmp_path, ki
 
 def test_the_last_images_neighbour_is_the_first(tmp_path):
     images = damage(tmp_path, {"005.jpg": DAMAGE["text"], "000.jpg": DAMAGE["text"]})
-    _, undecodable = CropPairs(images, 16, seed=0)[[(0, 5)], ()]
-    assert [name[-7:] for name, _ in undecodable] == ["005.jpg", "000.jpg"]
+    (first, second), undecodable = CropPairs(images, 16, seed=0)[[(0, 5), (0, 1)], ()]
+    assert [name[-7:] for name, _ in undecodable] == ["005.jpg"]
+    boxes = random_crop_boxes(30, 40, crop_generator(0, 0, 5))
+    assert first.equal(crop_pair(decode_image(images[1]["image"]), boxes, 16)) and not first.equal(second)
+
+
+def test_damaged_images_side_by_side_count_once_each(tmp_path):
+    images = damage(tmp_path, {f"{i:03}.jpg": DAMAGE["empty"] for i in (1, 2, 3, 4)})
+    _, undecodable = CropPairs(images, 16, seed=0)[[(0, i) for i in range(6)], ()]
+    assert [name[-7:] for name, _ in undecodable] == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_row_without_an_image_is_an_undecodable_one(tmp_path, streaming):
+    features = datasets.Features(image=datasets.Image())
+    rows = datasets.Dataset.from_dict({"image": [encoded(picture(0), "JPEG"), None]}, features=features)
+    rows.to_parquet(tmp_path / "rows" / "train.parquet")
+    images, _ = load_splits(str(tmp_path / "rows"), streaming=streaming)
+    views, undecodable = CropPairs(images, 16, seed=0)[[(0, 0), (0, 1)], ()]
+    assert undecodable == [("row 1", "ValueError: the row has no image")] and views.float().std() > 0
 
 
 def test_in_evaluation_the_neighbour_brings_its_label(tmp_path):

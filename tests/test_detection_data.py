@@ -145,6 +145,16 @@ def test_voc_annotations_that_cannot_be_read(devkit):
         "<annotation><object><name>cat</name></object></annotation>"
     )
     assert "2012_trainval_000001.xml cannot be read" in refused(devkit)  # an object without a box
+    (devkit / "VOC2012" / "Annotations" / "2012_trainval_000001.xml").write_text(
+        "<annotation><object><name>cat</name><bndbox><xmin>left</xmin></bndbox></object></annotation>"
+    )
+    assert "2012_trainval_000001.xml cannot be read" in refused(devkit)
+
+
+def test_sizes_of_voc_that_are_empty_or_with_a_point(devkit):
+    damage(devkit, f"<width>{SIZE}</width>", f"<width>{SIZE}.0</width>")
+    damage(devkit, f"<height>{HEIGHT}</height>", "<height></height>", "2012_trainval_000002")
+    assert_scenes(load_detection(str(devkit), years=["2012"]).train, "trainval")
 
 
 def test_a_class_that_voc_does_not_have(devkit):
@@ -189,6 +199,12 @@ def test_an_image_that_cannot_be_decoded(devkit):
     data = load_detection(str(devkit), years=["2012"])
     [(_, target)], undecodable = DetectionImages(data.train, [48], 1333, seed=0)[[(0, 1)]]
     assert [name for name, _ in undecodable] == ["2012_trainval_000001"]
+    (devkit / "VOC2012" / "JPEGImages" / "2012_trainval_000002.jpg").write_bytes(b"damaged, too")
+    _, undecodable = DetectionImages(data.train, [48], 1333, seed=0)[[(0, 1), (0, 2)]]
+    assert [name for name, _ in undecodable] == ["2012_trainval_000001", "2012_trainval_000002"]  # each once
+    (devkit / "VOC2012" / "JPEGImages" / "2012_trainval_000002.jpg").write_bytes(
+        (devkit / "VOC2012" / "JPEGImages" / "2012_trainval_000003.jpg").read_bytes()
+    )
     assert len(target["boxes"]) == len(data.train[2]["boxes"])  # its neighbour, with its own objects
     [(image, _)], undecodable = DetectionImages(data.train, [48], 1333)[[(0, 1)]]
     assert image is None and len(undecodable) == 1  # in evaluation nothing replaces it

@@ -174,3 +174,19 @@ def test_golden_training_step(detector, numbers, masks):
         close(parameters[name].grad, expected, 1e-3 * expected.abs().max().item())
     for name, expected in numbers.under(prefix + "bn_after/").items():
         close(detector.state_dict()[our_name(name)], expected, ATOL["features"])
+    torch.optim.SGD(detector.parameters(), 0.02).step()
+    after = numbers.under(prefix + "param_after_one_sgd_step_lr0.02/")
+    assert len(after) >= 5
+    for name, expected in after.items():
+        name, expected = ours(name, expected)
+        close(parameters[name], expected, 2e-5)
+
+
+def test_an_output_that_is_not_finite_shows_in_the_losses(detector, numbers):
+    """Proposals leave such boxes out, so that the run would go on without them."""
+    detector.train()
+    detector.rpn.head.bbox_pred.register_forward_hook(
+        lambda module, inputs, output: output.index_fill(3, torch.tensor([1]), torch.nan)
+    )
+    losses = detector(numbers.images(), numbers.targets(True))
+    assert not sum(losses.values()).isfinite() and losses["loss_classifier"].isfinite()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
@@ -12,7 +13,7 @@ from moco.backbone import load_backbone
 from moco.batches import center_crop, sample_rows
 from moco.data import decode_image, load_splits
 from moco.encoder import build_encoder
-from moco.knn import extract_features, knn_monitor, knn_predict
+from moco.knn import extract_features, knn_evaluate, knn_monitor, knn_predict
 
 
 def test_golden_knn_scores_and_top1(golden):
@@ -33,6 +34,11 @@ def test_golden_knn_scores_and_top1(golden):
             torch.testing.assert_close(scores, data[f"{key}.scores"], rtol=1e-9, atol=0)
             top1 = 100 * (scores.argmax(dim=1) == data["query_labels"]).double().mean().item()
             assert top1 == pytest.approx(description["results"][key]["dino_top1"])
+            features, bank = data["query_features"].double(), F.normalize(data["train_features"].double(), dim=1)
+            labels = data["query_labels"], data["train_labels"]
+            asked = (features, labels[0], bank, labels[1], config["C"], [k], temperature, Accelerator(cpu=True))
+            expected = {"top1": top1, "top5": description["results"][key]["top5_voted_only"]}
+            assert knn_evaluate(*asked)[k] == pytest.approx(expected)
 
 
 def test_scores_equal_the_loop_of_the_definition():
@@ -75,8 +81,10 @@ def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     train_set, _ = load_splits("shapes")
     few = train_set.select(range(100))
     encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
-    accuracy, undecodable = knn_monitor(encoder, few, None, 32, 0, accelerator)
-    assert not undecodable and encoder.training and isinstance(encoder.fc, torch.nn.Sequential)  # as it was
+    accuracy, undecodable, images = knn_monitor(encoder, few, None, 32, 0, accelerator)
+    assert (
+        images == 100 and not undecodable and encoder.training and isinstance(encoder.fc, torch.nn.Sequential)
+    )  # as it was
     encoder.eval().fc = torch.nn.Identity()
     sample = sample_rows(few, 100)
     features, labels, _ = extract_features(encoder, few, sample, 32, 0, accelerator)

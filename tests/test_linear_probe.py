@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 
 import datasets
@@ -211,3 +212,26 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(labelled, tmp_path):
     _, stderr = process.communicate(timeout=60)
     step = int(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_"))
     assert process.returncode == 143 and f"stopped after step {step}" in stderr
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_more_than_five_percent_undecodable_is_an_error_wherever_images_are_read(labelled, tmp_path, split):
+    """Also of features that were cached before."""
+    shutil.copytree(labelled, tmp_path / "damaged")
+    files = sorted((tmp_path / "damaged" / split).rglob("*.*"))
+    for path in files[1::2]:
+        path.write_bytes(b"damaged")
+    flags = ["--data", tmp_path / "damaged", "--output", tmp_path / "run", *SMALL.split(), "--cached-features"]
+    for again in ([], ["--resume"]):
+        done = run_script("linear_probe.py", *flags, *again)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"{len(files) // 2} of {len(files)} images of --data {tmp_path / 'damaged'}" in done.stderr
+
+
+def test_a_sigterm_after_the_last_step_ends_the_process():
+    """Everything is saved by then; to go on with an evaluation that may take hours would ignore it."""
+    code = "import signal; from moco.run import *; came = catch_sigterm(); signal.raise_signal(signal.SIGTERM);"
+    done = run_script("-c", f"{code} print(len(came), flush=True); release_sigterm(came); print('went on')")
+    assert done.stdout == "1\n" and done.returncode == -signal.SIGTERM
+    done = run_script("-c", "from moco.run import *; release_sigterm(catch_sigterm()); print('went on')")
+    assert done.stdout == "went on\n" and done.returncode == 0

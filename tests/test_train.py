@@ -228,6 +228,17 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(folder, uninterrupted, tm
     assert_same_run(output, uninterrupted)
 
 
+def test_sigterm_to_every_process_leaves_the_workers_their_batch(folder, tmp_path):
+    """As service managers and job schedulers send it."""
+    output = tmp_path / "run"
+    process = start(folder, output, *RUN, "--epochs", 500, "--workers", 1)
+    wait_for_step(process, output, 4)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and f"stopped after step {final_state(output)[1]['step']}" in stderr
+
+
 @pytest.mark.parametrize("target", ["the second process", "the launcher"])
 def test_sigterm_to_two_processes_stops_both_at_the_same_step(folder, tmp_path, target):
     """The launcher passes it on to the process groups, where data workers must not end by it."""
@@ -253,7 +264,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder
     )
     assert done.returncode == 1
     step = int(done.stderr.split("the loss is nan at step ")[1].split()[0])
-    assert "on process 0" in done.stderr and "Traceback" not in done.stderr
+    assert "on process 0: the run diverged; start anew with a lower --lr" in done.stderr
+    assert "Traceback" not in done.stderr
     tensors, state = final_state(output)
     assert state["step"] <= step and all(torch.isfinite(v).all() for v in tensors["query_encoder"].values())
 
@@ -304,7 +316,7 @@ def test_odd_images_without_labels_train_and_are_counted(tmp_path):
     (tmp_path / "flat" / "05.png").write_bytes(b"damaged")
     flags = ["--batch-size", 8, "--bn-batch", 4, "--queue-size", 100, "--epochs", 2, "--workers", 1, "--recipe", "v1"]
     done = train(tmp_path / "flat", tmp_path / "run", *flags)
-    assert "kNN     off" in done.stdout and "has no labels" in done.stdout
+    assert "kNN     off: no column of labels" in done.stdout and "--label-column" in done.stdout
     assert done.stderr.count("cannot decode") == 1 and "05.png" in done.stderr
     assert [line["undecodable"] for line in metrics_of(tmp_path / "run")][2::3] == [1, 1]  # at the end of each epoch
 
@@ -342,6 +354,14 @@ def test_recipes_are_the_rows_of_the_papers(monkeypatch, recipe, head, augment, 
     assert (args.sgd_momentum, args.image_size) == (0.9, 224)
     rest = (args.optimizer, args.lr, args.weight_decay, args.bn_batch)
     assert rest == (("lars", 0.3, 1e-6, 256) if recipe == "simclr" else ("sgd", 0.03, 1e-4, 32))
+
+
+def test_a_recipe_that_is_added_is_what_it_says(monkeypatch):
+    mine = train_moco.RECIPES["simclr"] | {"augment": "v2"}
+    monkeypatch.setattr(train_moco, "RECIPES", train_moco.RECIPES | {"mine": mine})
+    monkeypatch.setattr(sys, "argv", ["train_moco.py", "--recipe", "mine"])
+    args = train_moco.parse_args()
+    assert args.end_to_end and (args.augment, args.optimizer, args.bn_batch) == ("v2", "lars", 256)
 
 
 def test_a_flag_given_wins_over_the_recipe_and_the_built_in_datas_settings(monkeypatch):

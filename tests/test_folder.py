@@ -1,0 +1,88 @@
+"""Folders of images as people have them: splits, classes, links, and what is neither.
+
+pytest tests/test_folder.py
+"""
+
+import datasets
+import pytest
+
+from moco.data import load_splits
+from moco.errors import UserError
+from moco.shapes import draw_scene, encode_jpeg
+
+IMAGE = encode_jpeg(draw_scene("test", 0)[0])
+
+
+def write(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(IMAGE)
+    return root
+
+
+def labels_of(dataset):
+    """{file name: class} of a data set, or its file names where it has no labels."""
+    names = [record["path"].rsplit("/", 1)[1] for record in dataset["image"]]
+    if "label" not in dataset.column_names:
+        return names
+    return {name: dataset.features["label"].names[label] for name, label in zip(names, dataset["label"], strict=True)}
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    train_set, test_set = load_splits(str(write(tmp_path, "bus/0.jpg", "car/1.jpg", "test tube/2.jpg", "train/3.jpg")))
+    assert labels_of(train_set) == {"0.jpg": "bus", "1.jpg": "car", "2.jpg": "test tube", "3.jpg": "train"}
+    assert test_set is None
+
+
+def test_files_called_after_splits_are_images_like_others(tmp_path):
+    train_set, test_set = load_splits(str(write(tmp_path, "0.jpg", "test-1.PNG", "train_2.jpeg", "val.3.gif")))
+    assert labels_of(train_set) == ["0.jpg", "test-1.PNG", "train_2.jpeg", "val.3.gif"] and test_set is None
+
+
+@pytest.mark.parametrize("train, val", [("train", "val"), ("Training", "validation"), ("train", "valid")])
+def test_splits_by_any_of_their_names_beside_other_folders(tmp_path, capsys, train, val):
+    names = [f"{train}/cat/0.jpg", f"{train}/dog/deep/1.jpg", f"{val}/dog/2.jpg", "extra/3.jpg"]
+    train_set, test_set = load_splits(str(write(tmp_path / "in" / "a folder", *names)))
+    assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"}
+    assert labels_of(test_set) == {"2.jpg": "dog"}  # by the number it has in training, though it is the only class
+    assert "left out: extra" in capsys.readouterr().out
+
+
+def test_flat_splits_and_images_beside_classes_have_no_labels(tmp_path):
+    train_set, test_set = load_splits(str(write(tmp_path / "flat", "train/0.jpg", "val/1.jpg")))
+    assert labels_of(train_set) == ["0.jpg"] and labels_of(test_set) == ["1.jpg"]
+    train_set, _ = load_splits(str(write(tmp_path / "mixed", "0.jpg", "cat/1.jpg", "dog/2.jpg")))
+    assert labels_of(train_set) == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_links_are_followed_and_a_circle_is_walked_once(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere", "cat/0.jpg", "dog/1.jpg", "val/cat/2.jpg")
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / "train" / name).symlink_to(elsewhere / name)
+    (tmp_path / "data" / "val").symlink_to(elsewhere / "val")
+    (elsewhere / "cat" / "up").symlink_to(tmp_path / "data")
+    train_set, test_set = load_splits(str(tmp_path / "data"))
+    assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"} and labels_of(test_set) == {"2.jpg": "cat"}
+
+
+def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path, capsys):
+    write(tmp_path, "cat/0.jpg", "dog/1.jpg", "dog/.2.jpg", ".cache/3.jpg", "labels.csv", "dog/Thumbs.db", "LICENSE")
+    train_set, _ = load_splits(str(tmp_path))
+    assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"}
+    assert "3 files in" in (out := capsys.readouterr().out) and "left out: .csv, .db, LICENSE" in out
+
+
+def test_a_class_to_test_on_that_is_not_trained_on_is_refused(tmp_path):
+    write(tmp_path, "train/cat/0.jpg", "train/dog/1.jpg", "val/cow/2.jpg", "val/dog/3.jpg")
+    with pytest.raises(UserError, match="has in val/ classes that are not in training: cow"):
+        load_splits(str(tmp_path))
+
+
+def test_the_splits_of_saved_data_by_any_of_their_names(tmp_path, capsys):
+    rows = {n: datasets.Dataset.from_dict({"image": [IMAGE] * n, "label": [0] * n}) for n in (1, 2, 3)}
+    rows = {n: part.cast_column("image", datasets.Image()) for n, part in rows.items()}
+    datasets.DatasetDict(train=rows[3], extra=rows[1], valid=rows[2]).save_to_disk(tmp_path / "saved")
+    train_set, test_set = load_splits(str(tmp_path / "saved"))
+    assert (len(train_set), len(test_set)) == (3, 2)
+    assert "split train to train on, valid to test on; left out: extra" in capsys.readouterr().out
