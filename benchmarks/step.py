@@ -1,13 +1,14 @@
 """A training step of MoCo against a plain one, written as the reference writes it: images/s, memory, and its parts.
 
 python benchmarks/step.py                                                 small, one thread of a CPU
-python benchmarks/step.py --arch resnet50 --size 224 --batch 256          a GPU, if there is one
+python benchmarks/step.py --arch resnet50 --size 224 --batch 256 --bn-batch 32 64 128 256 --compile    a GPU
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 benchmarks/step.py    what it costs that processes work together
 
 Plain: float32, contiguous, the whole batch at once, the momentum update a loop over parameters, a queue of columns.
 Ours: channels-last, BatchNorm groups with accumulation, one fused update. Each also under autocast to bfloat16; on GPUs
-since Ampere float32's convolutions are TF32, PyTorch's default. No augmentation. All variants take turns in one
-process; medians are printed, and ratios to plain. Linux only, for the memory.
+since Ampere float32's convolutions are TF32, PyTorch's default. Supervised: one encoder and a classifier in our
+settings, which has 3/4 of MoCo's operations. The augmentation is not in the steps but measured by itself. All variants
+take turns in one process; medians are printed, and ratios to plain. Linux only, for the memory.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -27,6 +29,7 @@ from accelerate import Accelerator
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from moco.augment import ViewAugment, sample_params
 from moco.contrast import KeyQueue, contrastive_logits, nt_xent_logits
 from moco.encoder import average_statistics, build_encoder, momentum_update
 from moco.schedule import LARS
@@ -98,7 +101,7 @@ def plain_step(args, precision):
     return step
 
 
-def our_step(args, precision, bn_batch, accelerator=ALONE):
+def our_step(args, precision, bn_batch, accelerator=ALONE, compiled=False):
     """A function that takes the step of train_moco.py on its own random images, as many on each process."""
     torch.manual_seed(0)
     query_encoder = build_encoder(args.arch).to(DEVICE, memory_format=torch.channels_last)
@@ -106,6 +109,9 @@ def our_step(args, precision, bn_batch, accelerator=ALONE):
     queue = KeyQueue(args.queue_size, 128).to(DEVICE)
     optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
     encoders, world, rank = (query_encoder, key_encoder), accelerator.num_processes, accelerator.process_index
+    if compiled:
+        query_encoder.compile()
+        key_encoder.compile()
     if world > 1:
         query_encoder = nn.parallel.DistributedDataParallel(query_encoder, broadcast_buffers=False)
     bf16 = precision == "bf16"
@@ -138,6 +144,25 @@ def our_step(args, precision, bn_batch, accelerator=ALONE):
     return step
 
 
+def supervised_step(args, precision):
+    """A function that takes a step of a classifier of 1000 classes on its own random images."""
+    torch.manual_seed(0)
+    model = build_encoder(args.arch, dim=1000, head="fc").to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(args.batch, device=DEVICE) % 1000
+
+    def step():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def end_to_end_step(args, precision):
     """A function that takes SimCLR's step of train_moco.py: both views get gradients, so all activations stay."""
     torch.manual_seed(0)
@@ -157,15 +182,18 @@ def end_to_end_step(args, precision):
 
 
 def variants(args):
-    group = min(args.bn_batch, args.batch)
-    return {
+    """{name: a function that builds its step}."""
+    found = {
         "plain, float32": lambda: plain_step(args, "float32"),
         "plain, bfloat16": lambda: plain_step(args, "bf16"),
-        "ours, float32, one group": lambda: our_step(args, "float32", args.batch),
-        f"ours, float32, groups of {group}": lambda: our_step(args, "float32", group),
-        "ours, bfloat16, one group": lambda: our_step(args, "bf16", args.batch),
-        f"ours, bfloat16, groups of {group}": lambda: our_step(args, "bf16", group),
+        "supervised, bfloat16": lambda: supervised_step(args, "bf16"),
     }
+    for precision, name in (("float32", "float32"), ("bf16", "bfloat16")):
+        for group in sorted({min(group, args.batch) for group in (*args.bn_batch, args.batch)}, reverse=True):
+            for compiled in (False, True) if args.compile else (False,):
+                row = f"ours, {name}, groups of {group}{', compiled' if compiled else ''}"
+                found[row] = partial(our_step, args, precision, group, compiled=compiled)
+    return found
 
 
 def peak_memory(name):
@@ -199,7 +227,13 @@ def reference_update(query_encoder, key_encoder):
         param_k.data = param_k.data * 0.999 + param_q.data * (1.0 - 0.999)
 
 
-def print_parts(rounds):
+def print_parts(args, step):
+    """What is in a step, and the augmentation beside a step of so many milliseconds."""
+    rounds = args.rounds
+    crops = torch.randint(0, 256, (args.batch, 2, args.size, args.size, 3), dtype=torch.uint8, device=DEVICE)
+    augment, params = ViewAugment("v2"), sample_params("v2", args.batch, 0, 0)
+    took = take_turns({"augmentation": lambda: augment(crops, params)}, rounds)["augmentation"]
+    print(f"\naugmentation of both views {took:.1f} ms, {took / step:.1%} of our fastest step")
     query_encoder, key_encoder = (build_encoder("resnet50").to(DEVICE) for _ in range(2))
     flat = torch.cat([p.detach().flatten() for p in query_encoder.parameters()])
     target = flat.clone()
@@ -212,7 +246,7 @@ def print_parts(rounds):
         rounds,
     )
     print(
-        f"\nmomentum update of a ResNet-50: reference's loop {times['loop']:.1f} ms, fused {times['fused']:.1f} ms"
+        f"momentum update of a ResNet-50: reference's loop {times['loop']:.1f} ms, fused {times['fused']:.1f} ms"
         f" (x {times['loop'] / times['fused']:.2f}); of one flat tensor, its bytes' limit, {times['flat']:.1f} ms"
     )
     queries, keys = F.normalize(torch.randn(2, 256, 128, device=DEVICE), dim=2)
@@ -236,8 +270,8 @@ def compare_processes(args):
     """A step of each process by itself beside their step together, which shuffles, gathers and averages."""
     accelerator = Accelerator()
     steps = {
-        "alone": our_step(args, "float32", args.bn_batch),
-        "together": our_step(args, "float32", args.bn_batch, accelerator),
+        "alone": our_step(args, "float32", args.bn_batch[0]),
+        "together": our_step(args, "float32", args.bn_batch[0], accelerator),
     }
     times = take_turns(steps, args.rounds)
     if accelerator.is_main_process:
@@ -250,7 +284,8 @@ def main():
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--size", type=int, default=64, help="pixels [%(default)s]")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--bn-batch", type=int, default=32)
+    parser.add_argument("--bn-batch", type=int, nargs="+", default=[32], help="groups of so many, and one group [32]")
+    parser.add_argument("--compile", action="store_true", help="ours also with torch.compile, which takes minutes")
     parser.add_argument("--queue-size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -268,10 +303,10 @@ def main():
     plain = times["plain, float32"]
     for name, took in times.items():
         print(
-            f"{name:32} {took:8.1f} ms, {1000 * args.batch / took:7.1f} images/s, x {plain / took:.2f},"
+            f"{name:42} {took:8.1f} ms, {1000 * args.batch / took:7.1f} images/s, x {plain / took:.2f},"
             f" peak memory {memory[name]:7.0f} MB"
         )
-    print_parts(args.rounds)
+    print_parts(args, min(took for name, took in times.items() if name.startswith("ours")))
 
 
 if __name__ == "__main__":
