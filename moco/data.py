@@ -31,8 +31,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
     USER/NAME on the Hub. revision: of a Hub name, None for main.
-    streaming: read parquet files by row group where they lie (ParquetImages); everything else, and parquet files
-    without it, is downloaded or converted once a machine and kept on disk (a Hugging Face dataset).
+    streaming: read parquet files by row group where they lie (ParquetImages). Else all data sets are Hugging Face's; what
+    is neither in image files nor saved by `datasets` is downloaded or converted once a machine, and kept on disk.
     All processes call it together. Raises UserError for a name, folder or column that is not there.
     """
     folder, here = Path(name), name != "" and Path(name).is_dir()
@@ -49,11 +49,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         else:
             builder = datasets.load_dataset_builder(name, revision=revision)
             files = builder.config.data_files or {}
-            if (
-                streaming
-                and files
-                and all(str(path).endswith(".parquet") for paths in files.values() for path in paths)
-            ):
+            paths = [str(path) for split in files.values() for path in split]
+            if streaming and paths and all(path.endswith(".parquet") for path in paths):
                 return parquet_splits(name, files, image_column, label_column)
             if streaming and not here and PartialState().is_main_process:
                 print(f"data    {name} is not in parquet files: downloaded once a machine in place of being streamed")
