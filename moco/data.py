@@ -31,8 +31,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
     USER/NAME on the Hub. revision: of a Hub name, None for main.
-    streaming: read parquet files by row group where they lie (ParquetImages). All else is a Hugging Face dataset; what is
-    neither in image files nor saved by `datasets` is downloaded or converted once a machine, and kept on disk.
+    streaming: read parquet files by row group where they lie (ParquetImages). All else is a Hugging Face dataset; what
+    is neither in image files nor saved by `datasets` is downloaded or converted once a machine, and kept on disk.
     All processes call it together. Raises UserError for a name, folder or column that is not there.
     """
     folder, here = Path(name), name != "" and Path(name).is_dir()

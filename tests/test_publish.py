@@ -152,6 +152,7 @@ def test_a_push_that_is_refused_can_be_repeated(run, hub, monkeypatch):
 def test_a_push_that_could_not_succeed_is_refused_before_the_run(hub, monkeypatch):
     check_push("user/first")
     assert "name USER/NAME" in refusal(check_push, "not a name")
+    assert "name USER/NAME" in refusal(check_push, "first")
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     assert "hf auth login" in refusal(check_push, "user/first")
 
