@@ -122,7 +122,9 @@ def test_imported_weights_carry_no_licence_of_ours(tmp_path, hub):
 
 
 def test_a_recipe_that_is_added_to_the_script_is_named_on_the_card(tmp_path, hub):
-    save_backbone(tmp_path / "b", build_encoder("resnet10"), "resnet10", 32, "m", {"arch": "resnet10", "recipe": "mine"})
+    save_backbone(
+        tmp_path / "b", build_encoder("resnet10"), "resnet10", 32, "m", {"arch": "resnet10", "recipe": "mine"}
+    )
     push_backbone(tmp_path / "b", "user/mine")
     assert "recipe mine of train_moco.py" in hub.files("models", "user/mine")["README.md"].read_text()
 
