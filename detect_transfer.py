@@ -36,7 +36,7 @@ from moco.checkpoint import (
 )
 from moco.coco import check_pycocotools
 from moco.data import check_undecodable, name_undecodable
-from moco.detection import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_keys
+from moco.detection import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_rows
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names
 from moco.errors import UserError, one_line_errors
@@ -124,9 +124,15 @@ def parse_args():
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=int, metavar="STEPS", default=0, help="0: only at the end [%(default)s]")
-    add("--checkpoint-every", type=int, metavar="STEPS", default=1000, help="and at the end [%(default)s]")
-    add("--keep", type=int, metavar="N", default=2, help="checkpoints to keep, the newest [%(default)s]")
-    add("--log-every", type=int, metavar="STEPS", default=20, help="a line in metrics.jsonl [%(default)s]")
+    add(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        default=1000,
+        help="also on SIGTERM and at the end [%(default)s]",
+    )
+    add("--keep", type=int, metavar="N", default=2, help="checkpoints kept [%(default)s]")
+    add("--log-every", type=int, metavar="STEPS", default=20, help="between lines of metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
     given = given_flags(parser)
@@ -183,8 +189,8 @@ def check_args(args, processes):
     unit = processes * args.micro_batch
     if args.batch_size % unit:
         raise UserError(
-            f"--batch-size {args.batch_size} is not divisible by {processes} processes of micro-batches of"
-            f" {args.micro_batch} (--micro-batch); use --batch-size {nearest_multiples(args.batch_size, unit)}, or"
+            f"--batch-size {args.batch_size} is not divisible by {processes} processes x --micro-batch"
+            f" {args.micro_batch}; use --batch-size {nearest_multiples(args.batch_size, unit)}, or"
             " another --micro-batch"
         )
     if is_coco(args.data):
@@ -305,7 +311,7 @@ def main():
     # ---- the run folder: start one, or go on with one
     checkpoints, metrics = args.output / "checkpoints", args.output / "metrics.jsonl"
     zeros = [0.0] * len(losses_of)
-    start, window, undecodable = 0, {"steps": 0, "losses": zeros}, 0
+    start, totals, undecodable = 0, {"steps": 0, "losses": zeros}, 0
     if args.resume or args.evaluate:
         tensors, state = load_checkpoint(complete_checkpoints(checkpoints)[-1])
         if state["images"] != len(data.train):
@@ -320,7 +326,7 @@ def main():
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         del tensors
-        start, window, undecodable = state["step"], state["window"], state["undecodable"]
+        start, totals, undecodable = state["step"], state["totals"], state["undecodable"]
     accelerator.wait_for_everyone()  # nobody writes before everybody has read
     if is_main:
         print_settings(args, arch, data, milestones, world)
@@ -340,8 +346,8 @@ def main():
     def save(step):
         if not check_equal_state({"detector": unwrapped}, accelerator):
             stop_diverged(accelerator, f"weights are not finite after step {step}", checkpoints)
-        if is_main:  # so one process can save for all
-            state = {"images": len(data.train), "window": window, "undecodable": undecodable}
+        if is_main:  # all are equal, so one saves
+            state = {"images": len(data.train), "totals": totals, "undecodable": undecodable}
             state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else None
             tensors = {"detector": unwrapped.state_dict(), "optimizer": optimizer_tensors(optimizer)}
             save_checkpoint(checkpoints, step, tensors, state | {"backbone_sha256": digest}, args.keep)
@@ -351,12 +357,12 @@ def main():
     named = set()  # undecodable images, each printed once
 
     def micro_batches_from(step):
-        return micro_batch_keys(portrait, args.batch_size, args.micro_batch, args.seed, step, rank, world)
+        return micro_batch_rows(portrait, args.batch_size, args.micro_batch, args.seed, step, rank, world)
 
     def measure(step):
         """Detections of the test images and, on the main process, their scores."""
-        keys = islice(micro_batches_from(step), min(PRECISE_ITERATIONS, steps_per_epoch) * micro_batches)
-        passes = training_passes(unwrapped.train(), loader(train_images, keys, args.workers), accelerator)
+        rows = islice(micro_batches_from(step), min(PRECISE_ITERATIONS, steps_per_epoch) * micro_batches)
+        passes = training_passes(unwrapped.train(), loader(train_images, rows, args.workers), accelerator)
         precise_statistics(unwrapped, passes, accelerator)
         predictions, failed = detect(unwrapped, test_images, args.workers, accelerator)
         count = name_undecodable(failed, named, accelerator, "it counts as an image without detections")
@@ -407,9 +413,9 @@ def main():
             name_undecodable(failed, named, accelerator)
             undecodable += int(failures)
             check_undecodable(undecodable, len(data.train), args.data)
-        window = {
-            "steps": window["steps"] + 1,
-            "losses": [total + loss / world for total, loss in zip(window["losses"], losses)],
+        totals = {
+            "steps": totals["steps"] + 1,
+            "losses": [total + loss / world for total, loss in zip(totals["losses"], losses)],
         }
         timing["steps"] += 1
         timing["seconds"] += time.perf_counter() - started
@@ -419,7 +425,7 @@ def main():
         done = step + 1
         evaluates = args.evaluate_every and done % args.evaluate_every == 0 and done < total_steps
         if done % args.log_every == 0 or done == total_steps or evaluates:
-            means = {name: total / window["steps"] for name, total in zip(losses_of, window["losses"])}
+            means = {name: total / totals["steps"] for name, total in zip(losses_of, totals["losses"])}
             line = {
                 "step": done,
                 "epoch": done / steps_per_epoch,
@@ -431,7 +437,7 @@ def main():
                 "data_seconds": timing["data"],
                 "data_share": timing["data"] / timing["seconds"],
             }
-            window, timing = {"steps": 0, "losses": zeros}, {"steps": 0, "seconds": 0.0, "data": 0.0}
+            totals, timing = {"steps": 0, "losses": zeros}, {"steps": 0, "seconds": 0.0, "data": 0.0}
             bar.set_postfix_str(
                 f"loss {line['loss']:.2f}, {line['images_per_second']:.1f} images/s,"
                 f" {line['data_share']:.0%} waiting for data"
@@ -455,7 +461,11 @@ def main():
         results = {"backbone": args.backbone, "arch": arch, "encoder": args.encoder, "backbone_sha256": digest}
         data_name, on_hub = public_name(args.data)
         results |= {"data": data_name, "data_on_hub": on_hub, "metric": data.metric, "classes": len(data.classes)}
-        results |= {"train_images": len(data.train), "test_images": len(data.test), "left_out": +data.left_out}
+        results |= {
+            "train_images": len(data.train),
+            "test_images": len(data.test),
+            "left_out": +data.left_out,
+        }  # + drops what is 0
         results |= {"iterations": total_steps, "bn": args.bn, **headline(scores), **scores, "undecodable": len(named)}
         results |= {"settings": vars(args) | {"output": str(args.output)}} | provenance(world)
         write_json(args.output / "results.json", results)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width, load_backbone, push_loaded
-from moco.batches import CachedFeatures, LabelledCrops, batch_keys, loader, row_order, split_rows, train_keys
+from moco.batches import CachedFeatures, LabelledCrops, batch_rows, loader, row_order, split_rows, train_rows
 from moco.checkpoint import (
     append_metrics,
     check_equal_state,
@@ -34,7 +34,7 @@ from moco.checkpoint import (
     write_json,
 )
 from moco.data import check_undecodable, count_classes, hold_out, load_splits, name_undecodable, read_image
-from moco.encoder import resnet_names
+from moco.encoder import average_tensors, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
 from moco.publish import check_push, public_name
@@ -92,10 +92,10 @@ def parse_args():
     add("--sgd-momentum", type=float, metavar="M", default=0.9, help="of the optimizer [%(default)s]")
     add("--weight-decay", type=float, metavar="W", default=0.0, help="of the optimizer [%(default)s]")
     add("--cached-features", action="store_true", help="train on features of a fixed crop: fast, approximate")
-    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="of the backbone [as accelerate is set up]")
-    add("--seed", type=int, default=0, help="of the weights, the order and the crops [%(default)s]")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="of the backbone [as accelerate launch says]")
+    add("--seed", type=int, metavar="N", default=0, help="of the weights, the order and the crops [%(default)s]")
     add = parser.add_argument_group("kNN").add_argument
-    add("--knn", type=int, metavar="K", nargs="*", help="also kNN, with each of these K [200]")
+    add("--knn", type=int, metavar="K", nargs="*", help="also kNN with each of these K; 200 if none is given [off]")
     add("--knn-temperature", type=float, metavar="T", default=0.07, help="of the votes [%(default)s]")
     add = parser.add_argument_group("run").add_argument
     add(
@@ -104,9 +104,15 @@ def parse_args():
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=int, metavar="EPOCHS", default=10, help="and at the end [%(default)s]")
-    add("--checkpoint-every", type=int, metavar="STEPS", default=5000, help="and at the end [%(default)s]")
-    add("--keep", type=int, metavar="N", default=2, help="checkpoints to keep, the newest [%(default)s]")
-    add("--log-every", type=int, metavar="STEPS", default=50, help="a line in metrics.jsonl [%(default)s]")
+    add(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        default=5000,
+        help="also on SIGTERM and at the end [%(default)s]",
+    )
+    add("--keep", type=int, metavar="N", default=2, help="checkpoints kept [%(default)s]")
+    add("--log-every", type=int, metavar="STEPS", default=50, help="between lines of metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
     given = given_flags(parser)
@@ -201,10 +207,7 @@ def train_step(classifiers, optimizer, features, labels, accelerator):
     losses = torch.stack([F.cross_entropy(each, labels) for each in logits])
     losses.sum().backward()  # no classifier's loss depends on another's weights
     if accelerator.num_processes > 1:  # averaged by hand: DDP would be another wrapper for these few tensors
-        gradients = [parameter.grad for parameter in classifiers.parameters()]
-        mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        parts = mean.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+        average_tensors([parameter.grad for parameter in classifiers.parameters()], accelerator)
     optimizer.step()
     optimizer.zero_grad()
     return logits.detach(), losses.detach()
@@ -287,7 +290,7 @@ def main():
     read_image(train_set, 0)  # where nothing can be decoded, say so now
     steps_per_epoch = len(train_set) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    rows = {} if args.cached_features else row_order(train_set, world, args.workers, args.shuffle_window)
+    row_source = {} if args.cached_features else row_order(train_set, world, args.workers, args.shuffle_window)
 
     # ---- classifiers, equal on every process, since their seed and their updates are
     classifiers = LinearClassifiers(width, classes, len(args.lr), args.seed).to(device)
@@ -296,7 +299,7 @@ def main():
     # ---- the run folder: start one, or go on with one
     checkpoints, metrics = args.output / "checkpoints", args.output / "metrics.jsonl"
     zeros = [0.0] * len(args.lr)
-    start, window, undecodable = 0, {"steps": 0, "loss": zeros, "correct": zeros}, 0
+    start, totals, undecodable = 0, {"steps": 0, "loss": zeros, "correct": zeros}, 0
     if args.resume or args.evaluate:
         tensors, state = load_checkpoint(complete_checkpoints(checkpoints)[-1])
         if state["images"] != len(train_set):
@@ -308,12 +311,12 @@ def main():
             raise UserError(f"--backbone {args.backbone} has changed since {args.output} was begun; start a new run")
         classifiers.load_state_dict(tensors["classifiers"])
         load_optimizer_tensors(optimizer, tensors["optimizer"])
-        saved, window, undecodable = state["step"], state["window"], state["undecodable"]
+        saved, totals, undecodable = state["step"], state["totals"], state["undecodable"]
         start = saved
-        if args.resume and state["rows"] != rows:  # its images of this epoch cannot be told from those to come
+        if args.resume and state["rows"] != row_source:  # which images of this epoch were used is not known then
             start = saved // steps_per_epoch * steps_per_epoch
         if start < saved:
-            window, undecodable = {"steps": 0, "loss": zeros, "correct": zeros}, 0
+            totals, undecodable = {"steps": 0, "loss": zeros, "correct": zeros}, 0
     accelerator.wait_for_everyone()  # nobody writes before everybody has read
     if is_main:
         counts = (len(train_set), len(held_out or ()), len(test_set), classes)
@@ -338,8 +341,8 @@ def main():
 
     def save(step):
         check_equal_state({"classifiers": classifiers}, accelerator)
-        if is_main:  # so one process can save for all
-            state = {"images": len(train_set), "rows": rows, "window": window, "undecodable": undecodable}
+        if is_main:  # all are equal, so one saves
+            state = {"images": len(train_set), "rows": row_source, "totals": totals, "undecodable": undecodable}
             tensors = {"classifiers": classifiers.state_dict(), "optimizer": optimizer_tensors(optimizer)}
             save_checkpoint(checkpoints, step, tensors, state | {"backbone_sha256": digest}, args.keep)
         accelerator.wait_for_everyone()
@@ -359,16 +362,16 @@ def main():
 
     # ---- training
     if args.cached_features and start < total_steps:
-        cache = (args.output / "features", backbone, digest, train_set, args.image_size, args.workers, accelerator)
-        failed, count = cache_features(*cache)
+        failed, count = cache_features(
+            args.output / "features", backbone, digest, train_set, args.image_size, args.workers, accelerator
+        )
         name_undecodable(failed, named, accelerator)
         check_undecodable(count, len(train_set), args.data)
-        keys = batch_keys(len(train_set), args.batch_size, args.seed, start, rank, world)
-        batches = iter(loader(CachedFeatures(args.output / "features"), keys, workers=0))
+        rows = batch_rows(len(train_set), args.batch_size, args.seed, start, rank, world)
+        batches = iter(loader(CachedFeatures(args.output / "features"), rows, workers=0))
     elif start < total_steps:  # else workers would read for nothing
-        where = (rank, world, args.workers, args.shuffle_window)
-        keys = train_keys(train_set, args.batch_size, args.seed, start, *where)
-        batches = iter(loader(LabelledCrops(train_set, args.image_size, args.seed), keys, args.workers))
+        rows = train_rows(train_set, args.batch_size, args.seed, start, rank, world, args.workers, args.shuffle_window)
+        batches = iter(loader(LabelledCrops(train_set, args.image_size, args.seed), rows, args.workers))
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main or args.evaluate)
     for step in range(start, total_steps):
@@ -400,10 +403,10 @@ def main():
             name_undecodable(failed, named, accelerator)
             undecodable += int(failures)
             check_undecodable(undecodable, len(train_set), args.data)
-        window = {
-            "steps": window["steps"] + 1,
-            "loss": [total + loss for total, loss in zip(window["loss"], losses)],
-            "correct": [total + count for total, count in zip(window["correct"], correct)],
+        totals = {
+            "steps": totals["steps"] + 1,
+            "loss": [total + loss for total, loss in zip(totals["loss"], losses)],
+            "correct": [total + count for total, count in zip(totals["correct"], correct)],
         }
         timing["steps"] += 1
         timing["seconds"] += time.perf_counter() - started
@@ -416,15 +419,15 @@ def main():
             line = {
                 "step": done,
                 "epoch": done / steps_per_epoch,
-                "loss": [total / window["steps"] for total in window["loss"]],  # of each classifier, as --lr
-                "accuracy": [100 * total / (window["steps"] * args.batch_size) for total in window["correct"]],
+                "loss": [total / totals["steps"] for total in totals["loss"]],  # of each classifier, as --lr
+                "accuracy": [100 * total / (totals["steps"] * args.batch_size) for total in totals["correct"]],
                 "lr": lrs,
                 "undecodable": undecodable,  # in this epoch
                 "images_per_second": timing["steps"] * args.batch_size / timing["seconds"],
                 "data_seconds": timing["data"],
                 "data_share": timing["data"] / timing["seconds"],
             }
-            window, timing = {"steps": 0, "loss": zeros, "correct": zeros}, {"steps": 0, "seconds": 0.0, "data": 0.0}
+            totals, timing = {"steps": 0, "loss": zeros, "correct": zeros}, {"steps": 0, "seconds": 0.0, "data": 0.0}
             bar.set_postfix_str(
                 f"loss {min(line['loss']):.2f}, accuracy {max(line['accuracy']):.1f} %,"
                 f" {line['images_per_second']:.0f} images/s, {line['data_share']:.0%} waiting for data"
@@ -446,7 +449,7 @@ def main():
     data, on_hub = public_name(args.data)
     results |= {"data": data, "data_on_hub": on_hub, "classes": classes, "train_images": len(train_set)}
     results |= {"held_out_images": len(held_out or ()), "validation_images": len(test_set)}
-    results |= {"approximate": args.cached_features, "epochs": args.epochs, "steps": max(start, total_steps)}
+    results |= {"approximate": args.cached_features, "epochs": args.epochs, "steps": total_steps}
     chosen = 0
     results["classifiers"] = [
         {"lr": lr, "top1": top1, "top5": top5} for lr, (top1, top5) in zip(args.lr, measure(test_set), strict=True)
@@ -466,8 +469,8 @@ def main():
         )
         count = name_undecodable(failed + failed_too, named, accelerator)
         check_undecodable(count, len(test_set) + len(bank_set), args.data)
-        knn = (features, labels, bank, bank_labels, classes, args.knn, args.knn_temperature, accelerator)
-        results["knn"] = {str(k): accuracy for k, accuracy in knn_evaluate(*knn).items()}
+        found = knn_evaluate(features, labels, bank, bank_labels, classes, args.knn, args.knn_temperature, accelerator)
+        results["knn"] = {str(k): accuracy for k, accuracy in found.items()}
     results |= {"undecodable": len(named), "settings": vars(args) | {"output": str(args.output)}} | provenance(world)
     if weights_digest(backbone.state_dict()) != digest:
         raise RuntimeError("the backbone changed while it was probed, so these results are of no backbone")

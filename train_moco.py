@@ -25,7 +25,7 @@ from tqdm import tqdm
 from moco.augment import RECIPES as AUGMENTATIONS
 from moco.augment import ViewAugment, sample_params
 from moco.backbone import save_backbone
-from moco.batches import row_order, train_batches, train_keys
+from moco.batches import row_order, train_batches, train_rows
 from moco.checkpoint import (
     append_metrics,
     check_equal_state,
@@ -117,15 +117,33 @@ def parse_args():
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3, no pooling [%(default)s]")
     add("--dim", type=int, metavar="C", default=128, help="width of queries and keys [%(default)s]")
     add("--queue-size", type=int, metavar="K", default=65536, help="keys in the queue [%(default)s; simclr: none]")
-    add("--encoder-momentum", type=float, metavar="M", default=0.999, help="of keys [%(default)s; simclr: none]")
+    add(
+        "--encoder-momentum",
+        type=float,
+        metavar="M",
+        default=0.999,
+        help="of the key encoder [%(default)s; simclr: none]",
+    )
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", default=200, help="passes over the data [%(default)s]")
     add("--batch-size", type=int, metavar="N", default=256, help="images a step, over all processes [%(default)s]")
     add("--bn-batch", type=int, metavar="N", default=32, help="images that share BatchNorm [%(default)s; simclr: all]")
-    add("--lr", type=float, metavar="LR", default=0.03, help="for batch 256 [%(default)s; simclr: 0.3 x batch / 256]")
+    add(
+        "--lr",
+        type=float,
+        metavar="LR",
+        default=0.03,
+        help="not scaled to the batch [%(default)s; simclr: 0.3 x batch / 256]",
+    )
     add("--warmup-epochs", type=int, metavar="N", default=10, help="of schedule warmup-cosine [%(default)s]")
     add("--sgd-momentum", type=float, metavar="M", default=0.9, help="of the optimizer [%(default)s]")
-    add("--weight-decay", type=float, metavar="W", default=1e-4, help="lars: not of norms [%(default)s; simclr: 1e-6]")
+    add(
+        "--weight-decay",
+        type=float,
+        metavar="W",
+        default=1e-4,
+        help="lars: not of biases and norms [%(default)s; simclr: 1e-6]",
+    )
     add("--seed", type=int, metavar="N", default=0, help="of weights, queue, order and augmentation [%(default)s]")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
     add = parser.add_argument_group("run").add_argument
@@ -194,8 +212,8 @@ def check_args(args, processes, device_type):
     unit = processes * (1 if synchronised else args.bn_batch)
     if args.batch_size % unit:
         raise UserError(
-            f"--batch-size {args.batch_size} is not divisible by {processes} processes of BatchNorm micro-batches of"
-            f" {args.bn_batch} (--bn-batch); use --batch-size {nearest_multiples(args.batch_size, unit)}, or another"
+            f"--batch-size {args.batch_size} is not divisible by {processes} processes x --bn-batch"
+            f" {args.bn_batch}; use --batch-size {nearest_multiples(args.batch_size, unit)}, or another"
             " --bn-batch"
         )
     if synchronised and device_type == "cpu":
@@ -259,10 +277,10 @@ def main():
     mine = slice(rank * n, (rank + 1) * n)  # its rows of the global batch
     micro_batches = max(1, n // args.bn_batch)
     candidates = 2 * args.batch_size - 1 if args.end_to_end else 1 + args.queue_size  # one of which is the positive
-    rows = row_order(train_set, world, args.workers, args.shuffle_window)
+    row_source = row_order(train_set, world, args.workers, args.shuffle_window)
 
-    def keys_from(step):
-        return train_keys(train_set, args.batch_size, args.seed, step, rank, world, args.workers, args.shuffle_window)
+    def rows_from(step):
+        return train_rows(train_set, args.batch_size, args.seed, step, rank, world, args.workers, args.shuffle_window)
 
     # ---- encoders and queue: equal on every process, since their seed and their updates are
     torch.manual_seed(args.seed)
@@ -306,7 +324,7 @@ def main():
         del tensors
         saved, totals, undecodable = state["step"], state["totals"], state["undecodable"]
         start = saved
-        if state["rows"] != rows:  # its images of this epoch cannot be told from those to come
+        if state["rows"] != row_source:  # which images of this epoch were used is not known then
             start = saved // steps_per_epoch * steps_per_epoch
         if start < saved:
             totals, undecodable = {"steps": 0, "loss": 0.0, "correct": 0.0}, 0
@@ -324,7 +342,7 @@ def main():
         else:
             write_json(args.output / "args.json", vars(args) | {"output": str(args.output)} | provenance(world))
             metrics.write_text("")
-            first_rows = next(keys_from(0))[0][:8]
+            first_rows = next(rows_from(0))[0][:8]
             save_views(
                 args.output / "views.png",
                 train_set,
@@ -334,7 +352,7 @@ def main():
                 args.batch_size,
                 args.seed,
             )
-        no_labels = "no column of labels (whole numbers from 0 on), or of several --label-column names none"
+        no_labels = "no column of labels (whole numbers from 0 on), or several: name one with --label-column"
         if not with_knn:
             print("kNN     off:", "--knn-every 0" if args.knn_every == 0 else no_labels)
         elif test_set is None:
@@ -350,9 +368,9 @@ def main():
     def save(step):
         if not check_equal_state(modules, accelerator):
             stop_diverged(accelerator, f"weights are not finite after step {step}", checkpoints)
-        if is_main:  # so one process can save for all
+        if is_main:  # all are equal, so one saves
             tensors = {name: module.state_dict() for name, module in modules.items()}
-            state = {"images": len(train_set), "rows": rows, "totals": totals, "undecodable": undecodable}
+            state = {"images": len(train_set), "rows": row_source, "totals": totals, "undecodable": undecodable}
             if accelerator.scaler is not None:
                 state["scaler"] = accelerator.scaler.state_dict()
             save_checkpoint(checkpoints, step, tensors | {"optimizer": optimizer_tensors(optimizer)}, state, args.keep)
@@ -362,8 +380,9 @@ def main():
     named = set()  # undecodable images, each printed once
 
     def measure_knn():
-        asked = (unwrapped, train_set, test_set, args.image_size, args.workers, accelerator)
-        accuracy, failed, images = knn_monitor(*asked)
+        accuracy, failed, images = knn_monitor(
+            unwrapped, train_set, test_set, args.image_size, args.workers, accelerator
+        )
         check_undecodable(name_undecodable(failed, named, accelerator), images, args.data)
         return {"knn": accuracy}
 
@@ -374,7 +393,7 @@ def main():
         save(start)
 
     if start < total_steps:  # else workers would read for nothing
-        batches = train_batches(train_set, args.image_size, args.seed, args.augment, keys_from(start), args.workers)
+        batches = train_batches(train_set, args.image_size, args.seed, args.augment, rows_from(start), args.workers)
     timing = {"steps": 0, "seconds": 0.0, "data": 0.0}
     positive = torch.zeros(args.bn_batch, dtype=torch.long, device=device)  # the positive is column 0
     bar = tqdm(total=total_steps, initial=start, unit="step", disable=not is_main)
@@ -418,10 +437,11 @@ def main():
             first, second = (gather_with_gradient(torch.cat(z), accelerator) for z in zip(*pairs))  # (batch, C) each
             logits, positives = nt_xent_logits(first, second, args.temperature)  # (2 batch, 2 batch - 1)
             loss = F.cross_entropy(logits, positives)
-            accelerator.backward(loss * world)  # of all rows, on each process; DDP averages what is to be added up
+            accelerator.backward(loss * world)  # x world: DDP averages the processes' parts of a sum
             optimizer.step()
             optimizer.zero_grad()
-            total_loss, correct = loss.detach(), (logits.argmax(dim=1) == positives).sum() / (2 * world)
+            correct = (logits.argmax(dim=1) == positives).sum() / (2 * world)  # of two views, counted by every process
+            total_loss = loss.detach()
         average_statistics(encoders, accelerator)
 
         # ---- what every process must know; to read it is the step's only wait for the device

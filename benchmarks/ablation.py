@@ -33,7 +33,8 @@ from moco.report import save_contact_sheet, save_neighbours
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cpu": 40, "gpu": 100}
-COMMON = {"cpu": [], "gpu": ["--arch", "resnet18", "--workers", "4"]}
+ARCH = {"cpu": "resnet10", "gpu": "resnet18"}
+COMMON = {"cpu": [], "gpu": ["--arch", ARCH["gpu"], "--workers", "4"]}
 JOBS = {"cpu": 2, "gpu": 3}  # runs at a time
 TEMPERATURES = (0.07, 0.1, 0.2, 0.3, 0.4, 0.5)
 # row -> (flags of train_moco.py, ImageNet top-1 in the papers); "longer" is four times as long, as 800 epochs to 200.
@@ -73,8 +74,7 @@ def commands(row, flags, seed, size, folder):
     probe += ["--output", str(folder / "linear_probe")]
     probe += ["--resume"] if any(folder.glob("linear_probe/checkpoints/step_*/state.json")) else []
     if row == "random":
-        arch = "resnet18" if size == "gpu" else "resnet10"
-        return [[*probe, "--backbone", "random", "--arch", arch]]
+        return [[*probe, "--backbone", "random", "--arch", ARCH[size]]]
     if row == "supervised":
         pretrain = ["benchmarks/supervised.py", "--epochs", str(EPOCHS[size] // 2)]
     else:
@@ -167,10 +167,9 @@ def main():
     draw(output / f"{name}.png", rows, found, args.seeds)
     print(f"\n{output / f'{name}.png'}")
     if not args.temperatures:
-        shown = [row for row in ("random", "v1", "v2", "SimCLR, batch 128") if row in rows]
+        shown = ("random", "v1", "v2", "SimCLR, batch 128")
         of_first_seed = {row: folder for (row, _, seed), folder in zip(jobs, folders) if seed == args.seeds[0]}
-        arch = "resnet18" if args.size == "gpu" else "resnet10"
-        draw_neighbours(output / "neighbours.png", {row: of_first_seed[row] for row in shown}, arch)
+        draw_neighbours(output / "neighbours.png", {row: of_first_seed[row] for row in shown}, ARCH[args.size])
         save_contact_sheet(output / "shapes.jpg")
         print(output / "neighbours.png", output / "shapes.jpg", sep="\n")
 

@@ -3,15 +3,15 @@
 python benchmarks/cost.py                                                            ResNet-50, 224 pixels, bfloat16
 python benchmarks/cost.py --arch resnet10 --size 32 --batches 64 256 --images 6000   small, for a CPU
 
-MoCo takes a batch in BatchNorm groups of 32, so activations are those of a group. What does not fit says so. Hours are
-for 200 epochs of --images, from the median step without data loading and augmentation.
+MoCo takes a batch in BatchNorm groups of 32, so activations are those of a group. End-to-end holds the whole batch on
+this GPU; in the paper each of 8 GPUs holds an eighth of it. What does not fit says so. Hours are for 200 epochs of
+--images, from the median step without data loading and augmentation.
 """
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -25,13 +25,15 @@ PAPER = {
 }
 
 
-def measure(args, method, batch):
+def measure(method, arch, size, batch, queue_size, rounds):
     """Print "MB milliseconds" of one method's step, or "does not fit"."""
-    settings = SimpleNamespace(arch=args.arch, size=args.size, batch=batch, queue_size=args.queue_size)
     try:
-        step = our_step(settings, "bf16", 32) if method == "MoCo" else end_to_end_step(settings, "bf16")
+        if method == "MoCo":
+            step = our_step(arch, size, batch, queue_size, "bf16", bn_batch=32)
+        else:
+            step = end_to_end_step(arch, size, batch, "bf16")
         memory = measured_memory(step)
-        print(memory, take_turns({"step": step}, args.rounds)["step"])
+        print(memory, take_turns({"step": step}, rounds)["step"])
     except torch.OutOfMemoryError:
         print("does not fit")
 
@@ -46,10 +48,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.backends.cudnn.benchmark = True  # as in training
     if args.only:
-        return measure(args, args.only[0], int(args.only[1]))
+        return measure(args.only[0], args.arch, args.size, int(args.only[1]), args.queue_size, args.rounds)
     print(f"{args.arch}, {args.size} pixels, bfloat16, {DEVICE}, torch {torch.__version__}")
-    print("| method | batch | memory, GB | hours for 200 epochs | in the paper, on 8 V100 |\n|---|---|---|---|---|")
+    print(
+        "| method | batch | memory, GB | hours for 200 epochs | in the paper, a GPU of 8 V100 |\n|---|---|---|---|---|"
+    )
     for method in ("MoCo", "end-to-end"):
         for batch in args.batches:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", method, str(batch)]

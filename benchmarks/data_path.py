@@ -16,7 +16,7 @@ from statistics import median
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -35,7 +35,7 @@ def photograph(width, height, quality, rng):
         n = 2**octave
         coarse = rng.normal(0, 1, (max(2, height * n // width), n, 3)).astype(np.float32)
         planes = [Image.fromarray(coarse[..., c]).resize((width, height), Image.BICUBIC) for c in range(3)]
-        image += np.stack(planes, axis=-1) / n**-0.1
+        image += np.stack(planes, axis=-1) * n**0.1
     image = (image - image.min()) / (image.max() - image.min()) * 255
     buffer = io.BytesIO()
     Image.fromarray(image.astype(np.uint8)).save(buffer, "JPEG", quality=quality)
@@ -46,8 +46,6 @@ class GaussianBlur:
     """As the reference has it: Pillow's, with a sigma of its own for each image."""
 
     def __call__(self, image):
-        from PIL import ImageFilter
-
         return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
 
 

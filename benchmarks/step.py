@@ -49,6 +49,8 @@ def wait():
 
 def milliseconds(call):
     wait()
+    if torch.distributed.is_initialized():  # else the wait for a slower process counts as time of the call
+        torch.distributed.barrier()
     started = time.perf_counter()
     call()
     wait()
@@ -67,17 +69,17 @@ def take_turns(calls, rounds):
 # ---- the step, plainly and as train_moco.py takes it
 
 
-def plain_step(args, precision):
+def plain_step(arch, size, batch, queue_size, precision):
     """A function that takes one step of the reference's algorithm on its own random images."""
     torch.manual_seed(0)
-    encoder_q = build_encoder(args.arch).to(DEVICE)
+    encoder_q = build_encoder(arch).to(DEVICE)
     encoder_k = copy.deepcopy(encoder_q)
     for parameter in encoder_k.parameters():
         parameter.requires_grad = False
-    queue = F.normalize(torch.randn(128, args.queue_size, device=DEVICE), dim=0)
+    queue = F.normalize(torch.randn(128, queue_size, device=DEVICE), dim=0)
     optimizer = torch.optim.SGD(encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
-    im_q, im_k = torch.randn(2, args.batch, 3, args.size, args.size, device=DEVICE)
-    labels = torch.zeros(args.batch, dtype=torch.long, device=DEVICE)
+    im_q, im_k = torch.randn(2, batch, 3, size, size, device=DEVICE)
+    labels = torch.zeros(batch, dtype=torch.long, device=DEVICE)
     autocast = torch.autocast(DEVICE.type, torch.bfloat16) if precision == "bf16" else nullcontext()
     pointer = 0
 
@@ -87,13 +89,13 @@ def plain_step(args, precision):
             q = F.normalize(encoder_q(im_q), dim=1)
             with torch.no_grad():
                 reference_update(encoder_q, encoder_k)
-                shuffle = torch.randperm(args.batch, device=DEVICE)
+                shuffle = torch.randperm(batch, device=DEVICE)
                 k = F.normalize(encoder_k(im_k[shuffle]), dim=1)[torch.argsort(shuffle)]
             l_pos = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
             l_neg = torch.einsum("nc,ck->nk", [q, queue.clone().detach()])
             loss = F.cross_entropy(torch.cat([l_pos, l_neg], dim=1) / 0.2, labels)
-        queue[:, pointer : pointer + args.batch] = k.float().T
-        pointer = (pointer + args.batch) % args.queue_size
+        queue[:, pointer : pointer + batch] = k.float().T
+        pointer = (pointer + batch) % queue_size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,21 +103,21 @@ def plain_step(args, precision):
     return step
 
 
-def our_step(args, precision, bn_batch, accelerator=ALONE, compiled=False):
+def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=ALONE, compiled=False):
     """A function that takes the step of train_moco.py on its own random images, as many on each process."""
     torch.manual_seed(0)
-    query_encoder = build_encoder(args.arch).to(DEVICE, memory_format=torch.channels_last)
+    query_encoder = build_encoder(arch).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
-    queue = KeyQueue(args.queue_size, 128).to(DEVICE)
+    queue = KeyQueue(queue_size, 128).to(DEVICE)
     optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
     encoders, world, rank = (query_encoder, key_encoder), accelerator.num_processes, accelerator.process_index
     if compiled:
-        query_encoder.compile()
-        key_encoder.compile()
+        query_encoder.compile(dynamic=False)  # for one shape, as in training, though variants have several
+        key_encoder.compile(dynamic=False)
     if world > 1:
         query_encoder = nn.parallel.DistributedDataParallel(query_encoder, broadcast_buffers=False)
     bf16 = precision == "bf16"
-    images = torch.randn(2, args.batch, 3, args.size, args.size, device=DEVICE)
+    images = torch.randn(2, batch, 3, size, size, device=DEVICE)
     query_images, key_images = (view.contiguous(memory_format=torch.channels_last) for view in images)
     positive = torch.zeros(bn_batch, dtype=torch.long, device=DEVICE)
     number = 0
@@ -124,18 +126,18 @@ def our_step(args, precision, bn_batch, accelerator=ALONE, compiled=False):
         nonlocal number
         number += 1
         momentum_update(query_encoder, key_encoder, 0.999)
-        order = shuffle_order(0, number, world * args.batch)
+        order = shuffle_order(0, number, world * batch)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             images = key_images.bfloat16() if bf16 else key_images  # as encode_keys does where Accelerate says bf16
             all_keys = encode_keys(key_encoder, images, order, bn_batch, accelerator)
-        own_keys = all_keys[rank * args.batch : (rank + 1) * args.batch]
+        own_keys = all_keys[rank * batch : (rank + 1) * batch]
         for i, (group, keys) in enumerate(zip(query_images.split(bn_batch), own_keys.split(bn_batch))):
-            last = i == args.batch // bn_batch - 1
+            last = i == batch // bn_batch - 1
             with nullcontext() if last or world == 1 else query_encoder.no_sync():
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):  # entered anew, as Accelerate does
                     q = query_encoder(group)
                 logits = contrastive_logits(F.normalize(q.float(), dim=1), keys, queue.keys, 0.2)
-                (F.cross_entropy(logits, positive) / (args.batch // bn_batch)).backward()
+                (F.cross_entropy(logits, positive) / (batch // bn_batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
         queue.enqueue(all_keys)
@@ -144,14 +146,14 @@ def our_step(args, precision, bn_batch, accelerator=ALONE, compiled=False):
     return step
 
 
-def supervised_step(args, precision):
+def supervised_step(arch, size, batch, precision):
     """A function that takes a step of a classifier of 1000 classes on its own random images."""
     torch.manual_seed(0)
-    model = build_encoder(args.arch, dim=1000, head="fc").to(DEVICE, memory_format=torch.channels_last)
+    model = build_encoder(arch, dim=1000, head="fc").to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    images = torch.randn(args.batch, 3, args.size, args.size, device=DEVICE)
+    images = torch.randn(batch, 3, size, size, device=DEVICE)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(args.batch, device=DEVICE) % 1000
+    labels = torch.arange(batch, device=DEVICE) % 1000
 
     def step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -163,12 +165,12 @@ def supervised_step(args, precision):
     return step
 
 
-def end_to_end_step(args, precision):
+def end_to_end_step(arch, size, batch, precision):
     """A function that takes SimCLR's step of train_moco.py: both views get gradients, so all activations stay."""
     torch.manual_seed(0)
-    encoder = build_encoder(args.arch).to(DEVICE, memory_format=torch.channels_last)
+    encoder = build_encoder(arch).to(DEVICE, memory_format=torch.channels_last)
     optimizer = LARS(encoder.parameters(), 0.3, weight_decay=1e-6)
-    images = torch.randn(2 * args.batch, 3, args.size, args.size, device=DEVICE)
+    images = torch.randn(2 * batch, 3, size, size, device=DEVICE)
     images = images.contiguous(memory_format=torch.channels_last)
 
     def step():
@@ -181,18 +183,19 @@ def end_to_end_step(args, precision):
     return step
 
 
-def variants(args):
-    """{name: a function that builds its step}."""
+def variants(arch, size, batch, queue_size, groups, compile):
+    """{name: a function that builds its step}. groups: sizes of BatchNorm groups. compile: ours also compiled."""
+    moco = (arch, size, batch, queue_size)
     found = {
-        "plain, float32": lambda: plain_step(args, "float32"),
-        "plain, bfloat16": lambda: plain_step(args, "bf16"),
-        "supervised, bfloat16": lambda: supervised_step(args, "bf16"),
+        "plain, float32": partial(plain_step, *moco, "float32"),
+        "plain, bfloat16": partial(plain_step, *moco, "bf16"),
+        "supervised, bfloat16": partial(supervised_step, arch, size, batch, "bf16"),
     }
     for precision, name in (("float32", "float32"), ("bf16", "bfloat16")):
-        for group in sorted({min(group, args.batch) for group in (*args.bn_batch, args.batch)}, reverse=True):
-            for compiled in (False, True) if args.compile else (False,):
+        for group in sorted({min(group, batch) for group in (*groups, batch)}, reverse=True):
+            for compiled in (False, True) if compile else (False,):
                 row = f"ours, {name}, groups of {group}{', compiled' if compiled else ''}"
-                found[row] = partial(our_step, args, precision, group, compiled=compiled)
+                found[row] = partial(our_step, *moco, precision, group, compiled=compiled)
     return found
 
 
@@ -227,13 +230,12 @@ def reference_update(query_encoder, key_encoder):
         param_k.data = param_k.data * 0.999 + param_q.data * (1.0 - 0.999)
 
 
-def print_parts(args, step):
-    """What is in a step, and the augmentation beside a step of so many milliseconds."""
-    rounds = args.rounds
-    crops = torch.randint(0, 256, (args.batch, 2, args.size, args.size, 3), dtype=torch.uint8, device=DEVICE)
-    augment, params = ViewAugment("v2"), sample_params("v2", args.batch, 0, 0)
+def print_parts(size, batch, step_ms, rounds):
+    """What is in a step, and the augmentation beside a step that takes step_ms."""
+    crops = torch.randint(0, 256, (batch, 2, size, size, 3), dtype=torch.uint8, device=DEVICE)
+    augment, params = ViewAugment("v2"), sample_params("v2", batch, 0, 0)
     took = take_turns({"augmentation": lambda: augment(crops, params)}, rounds)["augmentation"]
-    print(f"\naugmentation of both views {took:.1f} ms, {took / step:.1%} of our fastest step")
+    print(f"\naugmentation of both views {took:.1f} ms, {took / step_ms:.1%} of our fastest step")
     query_encoder, key_encoder = (build_encoder("resnet50").to(DEVICE) for _ in range(2))
     flat = torch.cat([p.detach().flatten() for p in query_encoder.parameters()])
     target = flat.clone()
@@ -266,14 +268,14 @@ def print_parts(args, step):
         print(f"K {size:8}: enqueue of 256 keys {times['enqueue']:6.2f} ms, logits and loss {times['loss']:8.1f} ms")
 
 
-def compare_processes(args):
+def compare_processes(arch, size, batch, queue_size, bn_batch, rounds):
     """A step of each process by itself beside their step together, which shuffles, gathers and averages."""
     accelerator = Accelerator()
     steps = {
-        "alone": our_step(args, "float32", args.bn_batch[0]),
-        "together": our_step(args, "float32", args.bn_batch[0], accelerator),
+        "alone": our_step(arch, size, batch, queue_size, "float32", bn_batch),
+        "together": our_step(arch, size, batch, queue_size, "float32", bn_batch, accelerator),
     }
-    times = take_turns(steps, args.rounds)
+    times = take_turns(steps, rounds)
     if accelerator.is_main_process:
         for name, took in times.items():
             print(f"{accelerator.num_processes} processes, {name:8} {took:8.1f} ms, x {took / times['alone']:.3f}")
@@ -290,23 +292,27 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.backends.cudnn.benchmark = True  # as in training
+    torch._dynamo.config.recompile_limit = 64
+    moco = (args.arch, args.size, args.batch, args.queue_size)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return compare_processes(args)
+        return compare_processes(*moco, args.bn_batch[0], args.rounds)
+    builders = variants(*moco, args.bn_batch, args.compile)
     if args.memory_of:
-        return print(measured_memory(variants(args)[args.memory_of]()))
+        return print(measured_memory(builders[args.memory_of]()))
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     print(
         f"{args.arch}, {args.size} pixels, batch {args.batch}, K {args.queue_size}, {where}, torch {torch.__version__}"
     )
-    memory = {name: peak_memory(name) for name in variants(args)}  # first, while this process holds none
-    times = take_turns({name: build() for name, build in variants(args).items()}, args.rounds)
+    memory = {name: peak_memory(name) for name in builders}  # first, while this process holds none
+    times = take_turns({name: build() for name, build in builders.items()}, args.rounds)
     plain = times["plain, float32"]
     for name, took in times.items():
         print(
             f"{name:42} {took:8.1f} ms, {1000 * args.batch / took:7.1f} images/s, x {plain / took:.2f},"
             f" peak memory {memory[name]:7.0f} MB"
         )
-    print_parts(args, min(took for name, took in times.items() if name.startswith("ours")))
+    print_parts(args.size, args.batch, min(took for name, took in times.items() if name[:4] == "ours"), args.rounds)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import random_crop_boxes
-from moco.batches import crop_generator, decode_crops, train_batches, train_keys
+from moco.batches import crop_generator, decode_crops, train_batches, train_rows
 from moco.data import load_splits
 from moco.shapes import encode_jpeg
 from moco.stream import read_footer, read_footers, worker_windows
@@ -48,7 +48,7 @@ IMAGENET = (294, 1_281_167)  # files, images
 
 def ours(name, rank):
     images, _ = load_splits(name)
-    keys = itertools.islice(train_keys(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
+    keys = itertools.islice(train_rows(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
     for views, _ in train_batches(images, SIZE, 0, "v2", keys, 1):
         yield len(views)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
-from moco.batches import LabelledCrops, loader, train_keys
+from moco.batches import LabelledCrops, loader, train_rows
 from moco.data import load_splits
 from moco.encoder import build_encoder
 from moco.run import fast_bf16
@@ -41,7 +41,7 @@ def main():
     encoder = build_encoder(args.arch, dim=len(CLASSES), head="fc").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    keys = train_keys(train_set, args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
+    keys = train_rows(train_set, args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
     batches = iter(loader(LabelledCrops(train_set, size, args.seed), keys, args.workers))
     steps_per_epoch = len(train_set) // args.batch_size
     bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")

@@ -75,7 +75,7 @@ def crop_pair(image, boxes, size):
 
 
 def to_float(crops):
-    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [0, 1], channels-last without a copy of the strides."""
+    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [0, 1], channels-last by its strides, without a copy."""
     return crops.permute(0, 3, 1, 2).float() / 255
 
 

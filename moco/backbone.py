@@ -356,7 +356,7 @@ def convert(source, target, to, arch=None, encoder="query"):
     target = Path(target)
     suffix = {"torchvision": ".safetensors", "detectron2": ".pth", "moco": ".pth.tar"}.get(to)
     if suffix and not target.name.endswith(suffix):
-        raise UserError(f"TARGET {target} --to {to} must end with {suffix}")
+        raise UserError(f"TARGET {target} must end with {suffix} for --to {to}")
     if target.exists():
         raise UserError(f"TARGET {target} is there already; name another, or remove it")
     backbone = load_backbone(source, arch, encoder)
@@ -378,10 +378,12 @@ def convert(source, target, to, arch=None, encoder="query"):
 def parse_args():
     parser = argparse.ArgumentParser(description="Convert a backbone, or publish one on the Hub.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("convert", description=convert.__doc__.split("\n\n")[0]).add_argument
+    add = commands.add_parser(
+        "convert", description="Write SOURCE's backbone as another program reads it, bit for bit."
+    ).add_argument
     add("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
     add("target", metavar="TARGET", help="the file or folder to write")
-    add("--to", choices=FORMATS, required=True, help="what shall read it")
+    add("--to", choices=FORMATS, required=True, help="the program that is to read it")
     add("--arch", help="a torchvision ResNet, or resnet10 [as SOURCE says]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
     add = commands.add_parser("push", description=push_backbone.__doc__.split("\n\n")[0]).add_argument

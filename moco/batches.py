@@ -1,13 +1,15 @@
-"""Batches of uint8 crops, made by data workers from keys: which images of which epoch, and what to read ahead.
+"""Batches of uint8 crops, made by data workers from rows: which images of which epoch, and what to read ahead.
 
 Training batches are a function of (seed, step): step s takes its rows of the permutation of its epoch, and each image
 its crops from (seed, epoch, image). No state travels from one batch to the next, so a run resumes at any step with any
 number of workers, and one process reads what several read together.
 """
 
+import atexit
 import contextlib
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 from functools import partial
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from moco.augment import RECIPES, crop_pair, random_crop_boxes
 from moco.data import JPEG, decode_image, encoded_bytes, read_image
-from moco.stream import ParquetImages, stream_keys
+from moco.stream import ParquetImages, stream_rows
 
 # ---- training batches
 
@@ -37,7 +39,7 @@ def decode_crops(record, draw_boxes, size):
     """Crops of an encoded image, (views, size, size, 3) uint8; raises as `decode_image`.
 
     draw_boxes: (height, width) -> boxes, (views, 4) int. A JPEG is decoded at a half, a quarter or an eighth of its
-    sides where every crop still has `size` pixels: two thirds of the time for 1600 x 1200 pixels. Crops then begin at
+    sides where every crop still has `size` pixels: in 60 % of the time for 1600 x 1200 pixels. Crops then begin at
     the nearest of fewer pixels, and differ by about a level from those of the whole image.
     """
     data = encoded_bytes(record)
@@ -69,19 +71,19 @@ class CropPairs(Dataset):
         self.dataset, self.size, self.seed, self.least = dataset, size, seed, least
 
     def __getitem__(self, item):
-        keys, groups = item
+        rows, groups = item
         if groups:
             self.dataset.keep(groups)
-        views = empty_batch(len(keys), 2, self.size, self.size, 3)
+        views = empty_batch(len(rows), 2, self.size, self.size, 3)
         undecodable = []
-        for view, key in zip(views, keys, strict=True):
-            crops, _, failed = read_image(self.dataset, key[1], partial(self.cut, epoch=key[0], index=key[1]))
+        for view, (epoch, index) in zip(views, rows, strict=True):
+            crops, _, failed = read_image(self.dataset, index, partial(self.cut, epoch=epoch, index=index))
             view.copy_(crops)
             undecodable += failed
         return views, undecodable
 
     def cut(self, record, epoch, index):
-        """Both crops of a record: of the image that the key names, or of the neighbour in its place."""
+        """Both crops of a record: of the image that was asked for, or of the neighbour in its place."""
         rng = crop_generator(self.seed, epoch, index)
         return decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, self.least), self.size)
 
@@ -89,7 +91,7 @@ class CropPairs(Dataset):
 class LabelledCrops(Dataset):
     """One random crop of each image of a batch, flipped or not, with its label: what a classifier is trained on.
 
-    RandomResizedCrop of torchvision's default scale 0.08-1, larger than the encoders' 0.2-1, as in the reference.
+    RandomResizedCrop of torchvision's default scale 0.08-1, wider than the encoders' 0.2-1, as in the reference.
     Item ([(epoch, index), ...], row groups to read ahead) is (crops (n, size, size, 3) uint8, labels (n,) int64,
     [(name, reason) of undecodable images]); the neighbour that replaces an undecodable image brings its own label.
     """
@@ -98,9 +100,9 @@ class LabelledCrops(Dataset):
         self.dataset, self.size, self.seed = dataset, size, seed
 
     def __getitem__(self, item):
-        keys, groups = item
-        cuts = [partial(self.cut, epoch=epoch, index=index) for epoch, index in keys]
-        return labelled_batch(self.dataset, [index for _, index in keys], groups, cuts, self.size)
+        rows, groups = item
+        cuts = [partial(self.cut, epoch=epoch, index=index) for epoch, index in rows]
+        return labelled_batch(self.dataset, [index for _, index in rows], groups, cuts, self.size)
 
     def cut(self, record, epoch, index):
         """The crop of a record."""
@@ -131,9 +133,9 @@ class CachedFeatures(Dataset):
     def __init__(self, folder):
         self.features, self.labels = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("features", "labels"))
 
-    def __getitem__(self, keys):
-        rows = [index for _, index in keys]
-        return torch.from_numpy(self.features[rows]), torch.from_numpy(self.labels[rows]), []
+    def __getitem__(self, rows):
+        indices = [index for _, index in rows]
+        return torch.from_numpy(self.features[indices]), torch.from_numpy(self.labels[indices]), []
 
 
 def crop_generator(seed, epoch, index):
@@ -141,7 +143,7 @@ def crop_generator(seed, epoch, index):
     return np.random.default_rng([*b"crop", seed, epoch, index])
 
 
-def batch_keys(images, batch_size, seed, start, rank, world):
+def batch_rows(images, batch_size, seed, start, rank, world):
     """Endless [(epoch, index), ...] of one process, from step `start` on.
 
     Each epoch is a fresh permutation of all images; its remainder below a batch is dropped, another one each epoch.
@@ -156,11 +158,11 @@ def batch_keys(images, batch_size, seed, start, rank, world):
         yield [(epoch, index) for index in permuted[first : first + n].tolist()]
 
 
-def train_keys(dataset, batch_size, seed, start, rank, world, workers, window):
+def train_rows(dataset, batch_size, seed, start, rank, world, workers, window):
     """Endless ([(epoch, index), ...], row groups to read ahead) of this process's rows, from global step `start` on."""
     if isinstance(dataset, ParquetImages):
-        return stream_keys(dataset.rows_in_group, batch_size, seed, start, rank, world, workers, window)
-    return ((keys, ()) for keys in batch_keys(len(dataset), batch_size, seed, start, rank, world))
+        return stream_rows(dataset.rows_in_group, batch_size, seed, start, rank, world, workers, window)
+    return ((rows, ()) for rows in batch_rows(len(dataset), batch_size, seed, start, rank, world))
 
 
 def row_order(dataset, world, workers, window):
@@ -170,19 +172,21 @@ def row_order(dataset, world, workers, window):
     return {}
 
 
-def train_batches(dataset, size, seed, recipe, keys, workers):
-    """Endless batches of the images that `keys`, of `train_keys`, name; see CropPairs for what a batch is."""
-    return iter(loader(CropPairs(dataset, size, seed, RECIPES[recipe]["crop"]), keys, workers))
+def train_batches(dataset, size, seed, recipe, rows, workers):
+    """Endless batches of the images that `rows`, of `train_rows`, name; see CropPairs for what a batch is."""
+    return iter(loader(CropPairs(dataset, size, seed, RECIPES[recipe]["crop"]), rows, workers))
 
 
-def loader(dataset, keys, workers):
-    """A DataLoader whose items are whole batches, in order, just as the dataset makes them.
+def loader(dataset, items, workers):
+    """A DataLoader of dataset[item] for each of `items`, in order: whole batches, just as the dataset makes them.
 
     Up to 2 x workers of them wait in shared memory: a batch of 256 pairs of views of 224 pixels is 77 MB.
     """
+    atexit.unregister(stop_workers)
+    atexit.register(stop_workers)
     return DataLoader(
         dataset,
-        sampler=keys,
+        sampler=items,
         batch_size=None,
         num_workers=workers,
         worker_init_fn=leave_group,
@@ -197,13 +201,20 @@ def as_made(batch):
 
 
 def leave_group(worker):
-    """Put a worker in a process group of its own, so that SIGTERM to the run's group does not end it.
+    """Put a worker in a process group of its own, and let it ignore one SIGTERM, so that neither ends it.
 
-    Launchers send SIGTERM to the group: the step that is being taken still needs its batch, and then a checkpoint is
-    saved. Where each process is sent it, as by systemd, the first is ignored; the second is from the end of the run.
+    Launchers send SIGTERM to the run's group, service managers to each process: the step that is being taken still
+    needs its batch, and then a checkpoint is saved. A second SIGTERM, such as the run's end sends, ends the worker.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def stop_workers():
+    """End workers that are left at exit, after an error: Python sends them one SIGTERM and then waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for each worker that ends
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # ---- evaluation batches
@@ -234,7 +245,7 @@ def split_rows(dataset, rows, parts):
     return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
 
 
-def ordered_keys(dataset, rows, size, workers):
+def ordered_rows(dataset, rows, size, workers):
     """Batches of at most `size` of `rows`, as [(position of its first, rows, row groups to read ahead), ...].
 
     Each worker of a `loader` reads a contiguous part: a DataLoader hands batches to its workers in turn, so the list

@@ -11,7 +11,7 @@ def contrastive_logits(queries, keys, queue, temperature):
     queries, keys: (N, C), L2-normalised. queue: (K, C), L2-normalised.
     temperature: > 0, dimensionless (v1: 0.07, v2: 0.2).
     Returns (N, 1 + K) float32, or float64 where the inputs are: half precision is too coarse for the softmax, so
-    autocast is left, too.
+    autocast is off here.
     Raises ValueError if temperature <= 0.
     Source: arXiv:1911.05722, Algorithm 1.
     """
@@ -42,7 +42,7 @@ def nt_xent_logits(first, second, temperature):
     rows, n = len(z), len(first)
     with torch.autocast(z.device.type, enabled=False):
         similarity = z @ z.T / temperature
-    # Without its first entry, rows of one more entry than before each end with one of the diagonal.
+    # Drops the diagonal: after the first entry, each run of 2N + 1 entries ends with one of it.
     logits = similarity.flatten()[1:].view(rows - 1, rows + 1)[:, :-1].reshape(rows, rows - 1)
     image = torch.arange(n, device=z.device)
     return logits, torch.cat([image + n - 1, image])

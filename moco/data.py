@@ -134,7 +134,7 @@ def choose_columns(features, name, image_column, label_column):
         if len(images) != 1:
             raise UserError(
                 f"--data {name} has {len(images)} columns of images among {', '.join(features) or 'none'};"
-                " it must hold images (jpg, png ...), and of several columns --image-column must name one"
+                " it must hold images (jpg, png ...), of several columns name one with --image-column"
             )
         image_column = images[0]
     if label_column is None:
@@ -185,7 +185,10 @@ def count_classes(train_set, test_set, name):
     splits = [split for split in (train_set, test_set) if split is not None]
     names = [getattr(split.features["label"], "names", None) for split in splits]
     if names[0] != names[-1]:
-        raise UserError(f"--data {name} has {names[0]} as classes of training but {names[-1]} of validation")
+        raise UserError(
+            f"--data {name}: training (with {len(names[0] or ())} named classes) and validation"
+            f" ({len(names[-1] or ())}) must name the same classes in the same order"
+        )
     for split in splits:
         kind = label_kind(split)
         if not kind.startswith(("int", "uint")):
@@ -216,7 +219,7 @@ def hold_out(dataset, images, purpose, seed):
     count = int(np.searchsorted(dataset.rows_in_group[order].cumsum(), images)) + 1
     if count >= len(order):
         raise UserError(
-            f"--data has {len(order)} row groups, too few to hold {images} of {len(dataset)} images out;"
+            f"the training data has {len(order)} row groups, too few to hold {images} of {len(dataset)} images out;"
             " --no-streaming holds out single images"
         )
     return dataset.select_groups(order[count:]), dataset.select_groups(order[:count])
@@ -240,8 +243,12 @@ def decode_image(record):
             pass
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255
-                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            if image.mode == "F":
+                raise ValueError("pixels are floating-point numbers, of unknown range")
+            if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255; "I" may be less
+                gray = np.asarray(image)
+                gray = gray >> 8 if image.mode != "I" or gray.max() > 255 else gray
+                return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except RuntimeError as error:  # Pillow's, of a damaged AVIF
         raise OSError(str(error)) from error

@@ -256,7 +256,9 @@ def hub_records(name, box_format, left_out):
         )
     category = getattr(fields["category"], "feature", fields["category"])
     if not isinstance(category, datasets.ClassLabel):
-        raise UserError(f"--data {name}: objects.category is no ClassLabel, so that its classes have no names")
+        raise UserError(
+            f"--data {name}: objects.category is no ClassLabel, so its classes have no names; cast it to one"
+        )
     train, test = ([*hub_split(splits[s], name, box_format, category.names, left_out)] for s in ("train", test))
     return train, test, category.names
 
@@ -305,15 +307,15 @@ class DetectionImages(Dataset):
     target: "boxes" (m, 4) at the network's size, "labels" (m,) from 1, as 0 is the background, "index", and for COCO
     "polygons". In training (`seed` is not None) the short side, drawn from `sizes`, and the flip are functions of
     (seed, iteration, index), an image that cannot be decoded is replaced by the next one, and "seed" is there for what
-    the detector samples. In evaluation it comes back as None.
+    the detector samples. In evaluation such an image comes back as None.
     """
 
     def __init__(self, records, sizes, longest, seed=None):
         self.records, self.sizes, self.longest, self.seed = records, sizes, longest, seed
 
-    def __getitem__(self, keys):
+    def __getitem__(self, rows):
         items, undecodable = [], []
-        for iteration, index in keys:
+        for iteration, index in rows:
             row, image = index, None
             while image is None:
                 record = self.records[row]
@@ -368,7 +370,7 @@ def encoded_image(record):
     return record["image"]
 
 
-def micro_batch_keys(portrait, batch_size, micro_batch, seed, start, rank, world):
+def micro_batch_rows(portrait, batch_size, micro_batch, seed, start, rank, world):
     """Endless [(iteration, index), ...] of one process's micro-batches, from iteration `start` on.
 
     portrait: (images,) bool, higher than wide. A micro-batch holds images of one kind, so that little is padded. An

@@ -27,7 +27,7 @@ from moco.errors import UserError
 
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # pixels
 POOLED = 14  # ROI_BOX_HEAD.POOLER_RESOLUTION: side of an RoI's features before layer4, and of a mask
-PASTE_CHUNK = 2**26  # pixels of masks pasted at a time: 256 MB in float32
+PASTE_CHUNK = 2**26  # pixels of masks pasted at a time: 0.8 GB in float32, of which two thirds are where to look
 
 
 def build_detector(

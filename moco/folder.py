@@ -10,8 +10,6 @@ from accelerate import PartialState
 from datasets.table import InMemoryTable
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from moco.errors import UserError, first_line
-
 SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 TRAIN = ("train", "training")
 TEST = ("validation", "valid", "val", "dev", "eval", "test", "testing")  # the first that is there is taken
@@ -22,47 +20,57 @@ def folder_splits(name):
 
     Folders are splits where all of them are called as in TRAIN and TEST, or some as in either. A data set has the
     column "image" and, if there are several folders in the split, "label", the number of the folder among those of
-    training in alphabetical order, however deep below it an image lies.
-    Raises UserError for a folder that cannot be read, and for a class to test on that is not trained on.
+    training in alphabetical order, however deep below it an image lies. What is left out is printed: files that are no
+    images, images beside splits, and labels of classes that are not trained on.
     """
     images, others = list_files(os.path.abspath(name))
     if not images or any(path.endswith(".parquet") or Path(path).stem == "metadata" for path in others):
         return None
-    if others and PartialState().is_main_process:
-        kinds = sorted({Path(path).suffix or Path(path).name for path in others})
-        print(f"data    {len(others)} files in {name} are no images and are left out: {', '.join(kinds[:8])}")
     root = os.path.commonpath({os.path.dirname(path) for path in images})
     splits = by_folder(images, root)
-    kinds = ["train" if part.lower() in TRAIN else "test" if part.lower() in TEST else "" for part in splits]
-    if "" in kinds and not {"train", "test"} <= set(kinds):
-        splits = {"": images}
+    kinds = {"train" if part.lower() in TRAIN else "test" if part.lower() in TEST else "" for part in splits if part}
+    if "" in kinds and kinds != {"", "train", "test"}:
+        splits, kinds = {"": images}, set()
+    loose = splits.pop("") if kinds and "" in splits else []
     classes = {split: by_folder(paths, os.path.join(root, split) if split else root) for split, paths in splits.items()}
     trained = next((found for split, found in classes.items() if split.lower() in TRAIN), next(iter(classes.values())))
     names = sorted(trained) if len(trained) > 1 and "" not in trained else None
-    for split, found in classes.items():
-        if names and "" not in found and not set(found) <= set(names):
-            strange = ", ".join(sorted(set(found) - set(names))[:5])
-            raise UserError(f"--data {name} has in {split}/ classes that are not in training: {strange}")
-    return {split.lower() or "train": image_rows(found, names) for split, found in classes.items()}
+    strange = {split: sorted(set(found) - set(names or found) - {""}) for split, found in classes.items()}
+    if PartialState().is_main_process:
+        if others:
+            suffixes = sorted({Path(path).suffix or Path(path).name for path in others})
+            print(f"data    {len(others)} files in {name} are no images and left out: {', '.join(suffixes[:8])}")
+        if loose:
+            print(f"data    {len(loose)} images in {name} lie beside the splits and are left out")
+        for split, found in strange.items():
+            if found:
+                print(
+                    f"data    no labels in {split}, which has classes that are not trained on: {', '.join(found[:5])}"
+                )
+    return {
+        split.lower() or "train": image_rows(found, None if strange[split] else names)
+        for split, found in classes.items()
+    }
 
 
-def list_files(folder):
-    """(paths of images, of other files) in a folder and below, in order, links followed, without hidden ones."""
-    images, others, visited = [], [], set()
+def list_files(folder, above=()):
+    """(paths of images, of other files) in a folder and below, in order, links followed, without hidden ones.
 
-    def fail(error):
-        raise UserError(f"--data {folder} cannot be read: {first_line(error)}")
-
-    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in visited:  # linked to from below
-            folders.clear()
+    above: what the folders that it lies in are told by; a link back to one of them is a circle and not followed.
+    """
+    status = os.stat(folder)
+    here = (*above, (status.st_dev, status.st_ino))
+    images, others = [], []
+    if here[-1] in above:
+        return images, others
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
             continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                (images if name.lower().endswith(SUFFIXES) else others).append(os.path.join(here, name))
+        if entry.is_dir():
+            for found, more in zip((images, others), list_files(entry.path, here), strict=True):
+                found += more
+        else:
+            (images if entry.name.lower().endswith(SUFFIXES) else others).append(entry.path)
     return images, others
 
 

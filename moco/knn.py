@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width
-from moco.batches import CenterCrops, loader, ordered_keys, sample_rows, split_rows
+from moco.batches import CenterCrops, loader, ordered_rows, sample_rows, split_rows
 from moco.checkpoint import write_json
 from moco.errors import UserError
 
@@ -54,10 +54,10 @@ def feature_batches(backbone, dataset, rows, size, workers, accelerator):
     order in which workers read them), features (n, width) float32, labels (n,) and the undecodable images as
     (name, reason).
     """
-    keys = ordered_keys(dataset, rows, FEATURE_BATCH, workers)
-    batches = loader(CenterCrops(dataset, size), [(batch, groups) for _, batch, groups in keys], workers)
+    order = ordered_rows(dataset, rows, FEATURE_BATCH, workers)
+    batches = loader(CenterCrops(dataset, size), [(batch, groups) for _, batch, groups in order], workers)
     progress = tqdm(batches, "features", leave=False, disable=not accelerator.is_main_process)
-    for (first, batch, _), (crops, labels, failed) in zip(keys, progress, strict=True):
+    for (first, batch, _), (crops, labels, failed) in zip(order, progress, strict=True):
         if len(batch):
             with accelerator.autocast():
                 pooled = backbone(normalize(to_float(crops.to(accelerator.device, non_blocking=True))))

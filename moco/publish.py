@@ -74,8 +74,8 @@ def check_push(name):
         raise UserError(f"--push-to-hub {name}: {first_line(error)}; name USER/NAME, and `hf auth login`") from error
     except Exception as error:  # refused, or no network, for which each client library has its own exceptions
         raise UserError(
-            f"--push-to-hub {name}: the Hub does not know you ({first_line(error)}); `hf auth login`, or leave the flag"
-            " out and `python -m moco.backbone push` when the run is done"
+            f"--push-to-hub {name}: the Hub refuses your login or cannot be reached ({first_line(error)});"
+            " `hf auth login`, or leave the flag out and `python -m moco.backbone push` when the run is done"
         ) from error
 
 

@@ -19,23 +19,23 @@ from moco.detection import encoded_image
 from moco.shapes import CLASSES, draw_scene
 
 
-def save_views(path, dataset, keys, recipe, size, batch_size, seed):
+def save_views(path, dataset, rows, recipe, size, batch_size, seed):
     """Images of the first step, a column each: the image with its two crops, the query view and the key view.
 
-    keys: [(epoch, index), ...], the first rows of process 0 in step 0; the views are those that the encoders get of
+    rows: [(epoch, index), ...], the first of process 0 in step 0; the views are those that the encoders get of
     them, made by the same functions, only the normalisation is undone.
     """
-    images = [read_image(dataset, index)[0] for _, index in keys]
+    images = [read_image(dataset, index)[0] for _, index in rows]
     boxes = [
-        random_crop_boxes(*image.shape[:2], crop_generator(seed, *key), RECIPES[recipe]["crop"])
-        for image, key in zip(images, keys)
+        random_crop_boxes(*image.shape[:2], crop_generator(seed, *row), RECIPES[recipe]["crop"])
+        for image, row in zip(images, rows)
     ]
-    views, _ = CropPairs(dataset, size, seed, RECIPES[recipe]["crop"])[keys, ()]
+    views, _ = CropPairs(dataset, size, seed, RECIPES[recipe]["crop"])[rows, ()]
     params = sample_params(recipe, batch_size, seed, step=0)
-    pair = ViewAugment(recipe)(views, {name: values[: len(keys)] for name, values in params.items()})
+    pair = ViewAugment(recipe)(views, {name: values[: len(rows)] for name, values in params.items()})
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
-    figure, axes = plt.subplots(3, len(keys), figsize=(1.5 * len(keys), 5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(3, len(rows), figsize=(1.5 * len(rows), 5), squeeze=False, layout="constrained")
     colors = ("tab:blue", "tab:orange")
     for column, image in enumerate(images):
         axes[0, column].imshow(image)
@@ -111,7 +111,7 @@ def save_detection_curves(path, metrics):
 
 
 def save_detections(path, records, predictions, classes, images=6, threshold=0.5):
-    """Some test images, a column each: the objects above, below what the detector finds with a score of `threshold`.
+    """Every tenth test image with objects, a column each: these above, below what is found with a score of `threshold`.
 
     records, predictions: of moco.detection and `moco.detector.detect`, in the same order.
     """
@@ -202,7 +202,7 @@ def save_neighbours(path, queries, found):
                 ax.imshow(image)
                 if not right:
                     side = len(image)
-                    frame = (-0.5, -0.5), side, side
-                    ax.add_patch(plt.Rectangle(*frame, fill=False, edgecolor="red", linewidth=3))
+                    frame = plt.Rectangle((-0.5, -0.5), side, side, fill=False, edgecolor="red", linewidth=3)
+                    ax.add_patch(frame)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

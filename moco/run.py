@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from moco.checkpoint import complete_checkpoints
 from moco.errors import UserError
 
-PATIENCE = timedelta(hours=3)  # of processes with one that downloads, tries the Hub again or evaluates; else 10 minutes
+PATIENCE = timedelta(hours=3)  # with a process that downloads, retries the Hub or evaluates; else 10 minutes
 BACKBONE_HELP = (
     "a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
     " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'"
@@ -128,10 +128,9 @@ def start_accelerator(mixed_precision, **options):
         raise UserError("--mixed-precision bf16 needs a GPU since Ampere; use fp16 or no")
     if accelerator.device.type == "mps":
         raise UserError("Apple's GPUs have no float64, which is needed here; set ACCELERATE_USE_CPU=true")
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1:
-        # accelerate launch leaves a single process on a CPU one thread
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1
+    if alone and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, which leaves it one thread
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return accelerator
 
 
@@ -150,14 +149,14 @@ def catch_sigterm():
 
 
 def release_sigterm(came):
-    """Let SIGTERM end the process again, after the last step, when all is saved; at once if one came since then."""
+    """Let SIGTERM end the process again, after the last step, when all is saved; one that came since ends it now."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if came:
         signal.raise_signal(signal.SIGTERM)
 
 
 def stop_diverged(accelerator, what, checkpoints):
-    """Stop every process where numbers are no longer finite. What is kept may be of weights that were on their way."""
+    """Stop every process where numbers are no longer finite. The checkpoint kept may be diverging already."""
     kept = ", ".join(map(str, complete_checkpoints(checkpoints)[-1:])) or "nothing"
     message = f"{what}: the run diverged; start anew with a lower --lr and another --output ({kept} is kept)"
     finish(accelerator, 1, message)

@@ -1,8 +1,8 @@
 """The built-in data: patterned shapes on quiet backgrounds, each image a pure function of (split, index).
 
 The class is the pattern that fills an object (stripes, dots, rings ...). Outline, position, size, rotation, colours,
-lighting, blur and noise are nuisances, drawn apart for each image. Nearest neighbours in pixels or under a random
-network follow the nuisances; crops, flips and colour changes keep the pattern, so contrastive learning finds it.
+lighting, blur and noise are nuisances, drawn independently for each image. Nearest neighbours in pixels or under a
+random network follow the nuisances; crops, flips and colour changes keep the pattern, so contrastive learning finds it.
 """
 
 import colorsys

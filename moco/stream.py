@@ -302,7 +302,7 @@ def worker_batches(windows, n):
             (epoch, rows, groups), ahead = ahead, next(windows)
 
 
-def stream_keys(rows_in_group, batch_size, seed, start, rank, world, workers, window):
+def stream_rows(rows_in_group, batch_size, seed, start, rank, world, workers, window):
     """Endless batches of one process from step `start` on, as `worker_batches` has them.
 
     Worker step % workers reads the batch of a step, which is how a DataLoader hands batches out.

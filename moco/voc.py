@@ -80,17 +80,17 @@ def average_precision(hits, objects, difficult, objects_count, use_07_metric):
 
     The first hit on an object is right, each further one wrong; a hit on a difficult object is neither.
     """
+    if not objects_count:
+        return 0.0
     first = np.zeros(len(hits), bool)
     counted = np.flatnonzero(hits & ~difficult)
     first[counted[np.unique(objects[counted], return_index=True)[1]]] = True
     right, wrong = np.cumsum(first), np.cumsum(~first & ~(hits & difficult))
-    recall = right / objects_count if objects_count else np.full(len(hits), np.nan)
+    recall = right / objects_count
     precision = right / np.maximum(right + wrong, np.finfo(np.float64).eps)
     if use_07_metric:
         levels = np.arange(0, 1.1, 0.1)  # with its rounding errors: 0.30000000000000004 counts a recall of 0.3 out
         return float(sum(precision[recall >= level].max(initial=0) for level in levels)) / 11
-    if not objects_count:
-        return 0.0
     recall = np.concatenate([[0], recall, [1]])
     envelope = np.maximum.accumulate(np.concatenate([[0], precision, [0]])[::-1])[::-1]
     return float((np.diff(recall) * envelope[1:]).sum())

@@ -102,3 +102,11 @@ def metrics_of(output):
 def final_state(output):
     """(tensors, state) of a run's newest checkpoint."""
     return load_checkpoint(complete_checkpoints(output / "checkpoints")[-1])
+
+
+def assert_same_run(output, expected):
+    """Bit for bit the same weights, statistics, queue, optimizer state and metrics."""
+    assert metrics_of(output) == metrics_of(expected)
+    (tensors, state), (expected_tensors, expected_state) = final_state(output), final_state(expected)
+    assert state == expected_state  # with the checksum of every file
+    assert all(value.equal(expected_tensors[name][key]) for name in tensors for key, value in tensors[name].items())

@@ -5,6 +5,7 @@ pytest tests/test_bad_input.py
 
 import functools
 import shutil
+import signal
 import sys
 
 import pytest
@@ -300,6 +301,23 @@ def test_a_mistake_found_by_a_worker_is_one_line_on_any_process(capsys, monkeypa
     with pytest.raises(SystemExit), one_line_errors():
         next(iter(DataLoader(Failing(), num_workers=1)))
     assert capsys.readouterr().err == "error: the message\n"
+
+
+@pytest.mark.parametrize("error, code", [("UserError", 2), ("RuntimeError", 1), ("KeyboardInterrupt", -signal.SIGINT)])
+def test_an_error_ends_the_process_though_workers_wait(error, code):
+    """Workers pass over a SIGTERM, of which Python sends one at exit before it waits for them."""
+    program = f"""
+import itertools
+from moco.batches import loader
+from moco.errors import UserError, one_line_errors
+
+with one_line_errors():
+    batches = iter(loader(list(range(10_000)), itertools.cycle(range(10_000)), workers=1))
+    next(batches)
+    raise {error}("the message")
+"""
+    done = run_script("-c", program, timeout=60)
+    assert done.returncode == code and "the message" in done.stderr
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -18,12 +18,12 @@ from moco.augment import crop_pair, random_crop_boxes
 from moco.batches import (
     CenterCrops,
     CropPairs,
-    batch_keys,
+    batch_rows,
     center_crop,
     crop_generator,
     decode_crops,
     train_batches,
-    train_keys,
+    train_rows,
 )
 from moco.data import decode_image, has_labels, load_splits
 from moco.errors import UserError
@@ -156,6 +156,13 @@ def test_sixteen_bits_become_eight_instead_of_white():
     np.testing.assert_array_equal(image, np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
+def test_small_whole_numbers_in_32_bits_stay_and_fractions_are_refused():
+    gray = np.arange(256, dtype=np.int32).reshape(16, 16)
+    np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(gray), "TIFF"))[..., 0], gray)
+    with pytest.raises(ValueError, match="floating-point"):
+        decode_image(encoded(Image.fromarray(gray.astype(np.float32) / 255), "TIFF"))
+
+
 @pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (224, 224), (50, 301)])
 def test_the_evaluation_crop_is_torchvisions(height, width):
     image = picture(1, height, width)
@@ -168,7 +175,7 @@ def test_the_evaluation_crop_is_torchvisions(height, width):
 
 def test_an_epoch_holds_every_image_at_most_once_and_drops_another_tail_each_time():
     steps_per_epoch = 103 // 8
-    keys = itertools.islice(batch_keys(103, 8, seed=0, start=0, rank=0, world=1), steps_per_epoch * 2)
+    keys = itertools.islice(batch_rows(103, 8, seed=0, start=0, rank=0, world=1), steps_per_epoch * 2)
     epochs = {0: [], 1: []}
     for epoch, index in itertools.chain.from_iterable(keys):
         epochs[epoch].append(index)
@@ -207,8 +214,8 @@ def test_a_large_jpeg_is_decoded_at_a_scale_that_hardly_shows(height, width):
 @pytest.mark.parametrize("start", [0, 5, 12, 13, 40])
 @pytest.mark.parametrize("world", [2, 4])
 def test_keys_start_at_any_step_and_join_to_those_of_one_process(start, world):
-    whole = list(itertools.islice(batch_keys(103, 8, 1, 0, 0, 1), 45))
-    parts = [itertools.islice(batch_keys(103, 8, 1, start, rank, world), 45 - start) for rank in range(world)]
+    whole = list(itertools.islice(batch_rows(103, 8, 1, 0, 0, 1), 45))
+    parts = [itertools.islice(batch_rows(103, 8, 1, start, rank, world), 45 - start) for rank in range(world)]
     joined = [sum(step, []) for step in zip(*parts)]
     assert joined == whole[start:]
 
@@ -234,7 +241,7 @@ def test_crops_depend_on_seed_epoch_and_image():
 
 def test_workers_do_not_change_the_batches(images):
     def first(workers, start):
-        keys = train_keys(images, 4, 0, start, 0, 1, workers, window=800)
+        keys = train_rows(images, 4, 0, start, 0, 1, workers, window=800)
         batches = train_batches(images, 16, 0, "v2", keys, workers)
         return [next(batches)[0] for _ in range(4)]
 

@@ -7,7 +7,6 @@ import datasets
 import pytest
 
 from moco.data import load_splits
-from moco.errors import UserError
 from moco.shapes import draw_scene, encode_jpeg
 
 IMAGE = encode_jpeg(draw_scene("test", 0)[0])
@@ -73,10 +72,29 @@ def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path, capsys)
     assert "3 files in" in (out := capsys.readouterr().out) and "left out: .csv, .db, LICENSE" in out
 
 
-def test_a_class_to_test_on_that_is_not_trained_on_is_refused(tmp_path):
-    write(tmp_path, "train/cat/0.jpg", "train/dog/1.jpg", "val/cow/2.jpg", "val/dog/3.jpg")
-    with pytest.raises(UserError, match="has in val/ classes that are not in training: cow"):
-        load_splits(str(tmp_path))
+@pytest.mark.parametrize("strange", ["cow", "images"])
+def test_a_split_with_classes_that_are_not_trained_on_has_no_labels(tmp_path, capsys, strange):
+    """Classes of something else, or the one folder of a split that has no classes."""
+    write(tmp_path, "train/cat/0.jpg", "train/dog/1.jpg", f"val/{strange}/2.jpg", f"val/{strange}/3.jpg")
+    train_set, test_set = load_splits(str(tmp_path))
+    assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"} and labels_of(test_set) == ["2.jpg", "3.jpg"]
+    assert f"no labels in val, which has classes that are not trained on: {strange}" in capsys.readouterr().out
+
+
+def test_images_beside_splits_are_counted_and_left_out(tmp_path, capsys):
+    train_set, test_set = load_splits(str(write(tmp_path, "Training/0.jpg", "Testing/1.jpg", "preview.png")))
+    assert labels_of(train_set) == ["0.jpg"] and labels_of(test_set) == ["1.jpg"]
+    assert "1 images in" in (out := capsys.readouterr().out) and "beside the splits" in out
+
+
+def test_folders_linked_to_from_several_places_are_in_all_of_them(tmp_path):
+    elsewhere = write(tmp_path / "data" / "raw", "cat/0.jpg", "dog/1.jpg")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir()
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).symlink_to(elsewhere / name)
+    for dataset in load_splits(str(tmp_path / "data")):
+        assert labels_of(dataset) == {"0.jpg": "cat", "1.jpg": "dog"}
 
 
 def test_the_splits_of_saved_data_by_any_of_their_names(tmp_path, capsys):

@@ -8,8 +8,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import start_script, wait_for_step, write_parquet
-from test_train import assert_same_run
+from conftest import assert_same_run, start_script, wait_for_step, write_parquet
 
 pytestmark = pytest.mark.slow
 

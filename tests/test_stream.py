@@ -13,13 +13,13 @@ from conftest import run_script, write_parquet
 from hub import COMMIT, serving
 
 from moco.backbone import load_backbone
-from moco.batches import ordered_keys, sample_rows, split_rows, train_batches, train_keys
+from moco.batches import ordered_rows, sample_rows, split_rows, train_batches, train_rows
 from moco.checkpoint import read_metrics
 from moco.data import load_splits
 from moco.errors import UserError
 from moco.knn import extract_features
 from moco.shapes import draw_scene, encode_jpeg
-from moco.stream import ParquetImages, read_footer, read_footers, stream_keys
+from moco.stream import ParquetImages, read_footer, read_footers, stream_rows
 
 GROUPS = np.array([7, 10, 10, 3, 10, 10, 6, 10, 10, 10, 1, 10, 10, 4])  # rows: 111
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 def epoch_of_rows(start, steps, world, workers, seed=0, window=20, batch_size=8):
     """Rows of `steps` steps from `start` on, by process: [[[(epoch, row), ...] a step] a process]."""
-    keys = [stream_keys(GROUPS, batch_size, seed, start, rank, world, workers, window) for rank in range(world)]
+    keys = [stream_rows(GROUPS, batch_size, seed, start, rank, world, workers, window) for rank in range(world)]
     return [[batch for batch, _ in itertools.islice(process, steps)] for process in keys]
 
 
@@ -68,7 +68,7 @@ def test_a_process_reads_its_share_and_one_group_more_a_worker():
     for world, workers in [(2, 2), (4, 3)]:
         for rank in range(world):
             touched = set()
-            batches = itertools.islice(stream_keys(groups, 20, 0, 0, rank, world, workers, 50), 100)
+            batches = itertools.islice(stream_rows(groups, 20, 0, 0, rank, world, workers, 50), 100)
             for step, (batch, _) in enumerate(batches):
                 touched |= {(step % workers, int(np.searchsorted(ends, row, "right"))) for _, row in batch}
             assert len(touched) <= 200 / world + 2 * workers
@@ -85,7 +85,7 @@ def test_rows_are_shuffled_across_groups_and_differ_between_epochs_and_seeds():
 
 def test_a_batch_names_the_groups_of_its_rows():
     ends = GROUPS.cumsum()
-    for batch, groups in itertools.islice(stream_keys(GROUPS, 8, 0, 0, 0, 1, 2, 5), 40):
+    for batch, groups in itertools.islice(stream_rows(GROUPS, 8, 0, 0, 0, 1, 2, 5), 40):
         assert {int(np.searchsorted(ends, row, "right")) for _, row in batch} <= set(groups)
 
 
@@ -104,7 +104,7 @@ def test_a_stream_holds_the_rows_of_the_files(folder):
 def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(folder):
     def pixels(start, workers):
         images, _ = load_splits(str(folder))
-        keys = train_keys(images, 8, 0, start, 0, 1, workers, 20)
+        keys = train_rows(images, 8, 0, start, 0, 1, workers, 20)
         batches = train_batches(images, 16, 0, "v2", keys, workers)
         return [next(batches)[0] for _ in range(start, 12)]
 
@@ -119,7 +119,7 @@ def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(f
     for rows in (range(75), [30, 31, 32, 5, 6, 70], []):
         found, readers = {}, {}
         for rank, (low, mine) in enumerate(split_rows(images, rows, world)):
-            for i, (first, batch, groups) in enumerate(ordered_keys(images, mine, 4, workers)):
+            for i, (first, batch, groups) in enumerate(ordered_rows(images, mine, 4, workers)):
                 found |= {low + first + j: row for j, row in enumerate(batch)}
                 assert set(images.groups_of(batch).tolist()) <= set(groups)
                 for group in groups:

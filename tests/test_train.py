@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TIMES, final_state, metrics_of, run_script, start_script, wait_for_step
+from conftest import TIMES, assert_same_run, final_state, metrics_of, run_script, start_script, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import train_moco
 from moco.augment import ViewAugment, sample_params
-from moco.batches import train_batches, train_keys
+from moco.batches import train_batches, train_rows
 from moco.checkpoint import read_metrics
 from moco.data import load_splits
 from moco.encoder import build_encoder
@@ -49,14 +49,6 @@ def train(folder, output, *flags, **options):
     return done
 
 
-def assert_same_run(output, expected):
-    """Bit for bit the same weights, statistics, queue, optimizer state and metrics."""
-    assert metrics_of(output) == metrics_of(expected)
-    (tensors, state), (expected_tensors, expected_state) = final_state(output), final_state(expected)
-    assert state == expected_state  # with the checksum of every file
-    assert all(value.equal(expected_tensors[name][key]) for name in tensors for key, value in tensors[name].items())
-
-
 # ---- the numbers of a run
 
 
@@ -73,7 +65,7 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
     queue = F.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1).T  # CxK
     optimizer = torch.optim.SGD(f_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
     images = load_splits(str(folder))[0]
-    keys = train_keys(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    keys = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
     batches = train_batches(images, 32, 0, "v2", keys, workers=0)
     for step in range(4):
         x_q, x_k = ViewAugment("v2")(next(batches)[0], sample_params("v2", 16, 0, step))
@@ -128,7 +120,7 @@ def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_pat
     f = build_encoder("resnet10", dim=16, head="mlp")
     optimizer = torch.optim.SGD(f.parameters(), lr=0.3 * 16 / 256, momentum=0.9, weight_decay=1e-6)
     images = load_splits(str(folder))[0]
-    keys = train_keys(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    keys = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
     batches = train_batches(images, 32, 0, "simclr", keys, workers=0)
     for step, line in enumerate(logged):
         views = ViewAugment("simclr")(next(batches)[0], sample_params("simclr", 16, 0, step))

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from moco.detection import micro_batch_keys, resized_shape
+from moco.detection import micro_batch_rows, resized_shape
 from moco.schedule import warmup_step_rate
 from moco.voc import evaluate_voc
 
@@ -104,7 +104,7 @@ def test_micro_batches_are_those_of_any_number_of_processes(micro_batch):
     portrait = np.arange(37) % 3 == 0
 
     def take(world, iterations, start=0):
-        sources = [micro_batch_keys(portrait, 8, micro_batch, 5, start, rank, world) for rank in range(world)]
+        sources = [micro_batch_rows(portrait, 8, micro_batch, 5, start, rank, world) for rank in range(world)]
         each = 8 // micro_batch // world
         return [[next(source) for source in sources for _ in range(each)] for _ in range(iterations)]
 
