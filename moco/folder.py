@@ -18,7 +18,7 @@ TEST = ("validation", "valid", "val", "dev", "eval", "test", "testing")  # the f
 def folder_splits(name):
     """{split: data set} of a folder of images, or None where it holds something else, which `datasets` may read.
 
-    Folders are splits where all of them are called as in TRAIN and TEST, or some as in either. A data set has the
+    Folders are splits if the names of all are in TRAIN or TEST, or if there are names of both kinds. A data set has the
     column "image" and, if there are several folders in the split, "label", the number of the folder among those of
     training in alphabetical order, however deep below it an image lies. What is left out is printed: files that are no
     images, images beside splits, and labels of classes that are not trained on.
@@ -45,7 +45,7 @@ def folder_splits(name):
         for split, found in strange.items():
             if found:
                 print(
-                    f"data    no labels in {split}, which has classes that are not trained on: {', '.join(found[:5])}"
+                    f"data    labels of {split} left out, with classes that are not trained on: {', '.join(found[:5])}"
                 )
     return {
         split.lower() or "train": image_rows(found, None if strange[split] else names)

@@ -78,7 +78,7 @@ def test_a_split_with_classes_that_are_not_trained_on_has_no_labels(tmp_path, ca
     write(tmp_path, "train/cat/0.jpg", "train/dog/1.jpg", f"val/{strange}/2.jpg", f"val/{strange}/3.jpg")
     train_set, test_set = load_splits(str(tmp_path))
     assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"} and labels_of(test_set) == ["2.jpg", "3.jpg"]
-    assert f"no labels in val, which has classes that are not trained on: {strange}" in capsys.readouterr().out
+    assert f"labels of val left out, with classes that are not trained on: {strange}" in capsys.readouterr().out
 
 
 def test_images_beside_splits_are_counted_and_left_out(tmp_path, capsys):
