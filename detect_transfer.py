@@ -120,17 +120,11 @@ def parse_args():
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
     add("--seed", type=int, metavar="N", default=0, help="of new weights, order, sizes, flips, regions [%(default)s]")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, metavar="RUN", help="the run folder [detection/ in that of the backbone, or in runs/]")
+    add("--output", type=Path, metavar="RUN", help="the run folder [detection/ in the backbone's, or in runs/]")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=int, metavar="STEPS", default=0, help="0: only at the end [%(default)s]")
-    add(
-        "--checkpoint-every",
-        type=int,
-        metavar="STEPS",
-        default=1000,
-        help="also on SIGTERM and at the end [%(default)s]",
-    )
+    add("--checkpoint-every", type=int, metavar="STEPS", default=1000, help="also at the end and SIGTERM [%(default)s]")
     add("--keep", type=int, metavar="N", default=2, help="checkpoints kept [%(default)s]")
     add("--log-every", type=int, metavar="STEPS", default=20, help="between lines of metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")

@@ -73,11 +73,7 @@ def parse_args():
     add("--arch", help="a torchvision ResNet, or resnet10 [as the backbone says; random: resnet50]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        default="ILSVRC/imagenet-1k",
-        help="'shapes' (built in), a folder, or USER/NAME on the Hub [%(default)s]",
-    )
+    add("--data", default="ILSVRC/imagenet-1k", help="'shapes', a folder, or USER/NAME on the Hub [%(default)s]")
     add("--image-column", metavar="NAME", help="column of images, where the data has several")
     add("--label-column", metavar="NAME", help="column of labels, where the data has several")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
@@ -98,19 +94,11 @@ def parse_args():
     add("--knn", type=int, metavar="K", nargs="*", help="also kNN with each of these K; 200 if none is given [off]")
     add("--knn-temperature", type=float, metavar="T", default=0.07, help="of the votes [%(default)s]")
     add = parser.add_argument_group("run").add_argument
-    add(
-        "--output", type=Path, metavar="RUN", help="the run folder [linear_probe/ in that of the backbone, or in runs/]"
-    )
+    add("--output", type=Path, metavar="RUN", help="the run folder [linear_probe/ in the backbone's, or in runs/]")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=int, metavar="EPOCHS", default=10, help="and at the end [%(default)s]")
-    add(
-        "--checkpoint-every",
-        type=int,
-        metavar="STEPS",
-        default=5000,
-        help="also on SIGTERM and at the end [%(default)s]",
-    )
+    add("--checkpoint-every", type=int, metavar="STEPS", default=5000, help="also at the end and SIGTERM [%(default)s]")
     add("--keep", type=int, metavar="N", default=2, help="checkpoints kept [%(default)s]")
     add("--log-every", type=int, metavar="STEPS", default=50, help="between lines of metrics.jsonl [%(default)s]")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")

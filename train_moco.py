@@ -93,11 +93,7 @@ def parse_args():
     """The flags. Defaults, from weak to strong: below, the built-in data's, the recipe's, those of the run resumed."""
     parser = flag_parser("[flags]", __doc__.split("\n\n")[0])
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        default="ILSVRC/imagenet-1k",
-        help="'shapes' (built in), a folder, or USER/NAME on the Hub [%(default)s]",
-    )
+    add("--data", default="ILSVRC/imagenet-1k", help="'shapes', a folder, or USER/NAME on the Hub [%(default)s]")
     add("--image-column", metavar="NAME", help="column of images, where the data has several")
     add("--label-column", metavar="NAME", help="column of labels; only the kNN monitor uses them")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
@@ -117,45 +113,21 @@ def parse_args():
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3, no pooling [%(default)s]")
     add("--dim", type=int, metavar="C", default=128, help="width of queries and keys [%(default)s]")
     add("--queue-size", type=int, metavar="K", default=65536, help="keys in the queue [%(default)s; simclr: none]")
-    add(
-        "--encoder-momentum",
-        type=float,
-        metavar="M",
-        default=0.999,
-        help="of the key encoder [%(default)s; simclr: none]",
-    )
+    add("--encoder-momentum", type=float, metavar="M", default=0.999, help="of the key encoder [%(default)s]")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", default=200, help="passes over the data [%(default)s]")
     add("--batch-size", type=int, metavar="N", default=256, help="images a step, over all processes [%(default)s]")
     add("--bn-batch", type=int, metavar="N", default=32, help="images that share BatchNorm [%(default)s; simclr: all]")
-    add(
-        "--lr",
-        type=float,
-        metavar="LR",
-        default=0.03,
-        help="not scaled to the batch [%(default)s; simclr: 0.3 x batch / 256]",
-    )
+    add("--lr", type=float, metavar="LR", default=0.03, help="for any batch [%(default)s; simclr: 0.3 x batch / 256]")
     add("--warmup-epochs", type=int, metavar="N", default=10, help="of schedule warmup-cosine [%(default)s]")
     add("--sgd-momentum", type=float, metavar="M", default=0.9, help="of the optimizer [%(default)s]")
-    add(
-        "--weight-decay",
-        type=float,
-        metavar="W",
-        default=1e-4,
-        help="lars: not of biases and norms [%(default)s; simclr: 1e-6]",
-    )
+    add("--weight-decay", type=float, metavar="W", default=1e-4, help="lars: of weights [%(default)s; simclr: 1e-6]")
     add("--seed", type=int, metavar="N", default=0, help="of weights, queue, order and augmentation [%(default)s]")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, metavar="FOLDER", help="run folder [runs/RECIPE-DATA]")
     add("--resume", action="store_true", help="go on from the newest complete checkpoint in --output")
-    add(
-        "--checkpoint-every",
-        type=int,
-        metavar="STEPS",
-        default=1000,
-        help="also on SIGTERM and at the end [%(default)s]",
-    )
+    add("--checkpoint-every", type=int, metavar="STEPS", default=1000, help="also at the end and SIGTERM [%(default)s]")
     add("--keep", type=int, metavar="N", default=2, help="checkpoints kept [%(default)s]")
     add("--log-every", type=int, metavar="STEPS", default=10, help="between lines of metrics.jsonl [%(default)s]")
     add("--knn-every", type=int, metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none [%(default)s]")
@@ -237,9 +209,7 @@ def print_settings(args, images, processes, groups, candidates):
         f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
         f"loss    chance is log({candidates}) = {math.log(candidates):.2f}"
         + (
-            ""
-            if args.end_to_end
-            else f"; lower for {-(-args.queue_size // args.batch_size)} steps, which fill the queue"
+            "" if args.end_to_end else f"; lower for {-(-args.queue_size // args.batch_size)} steps, as the queue fills"
         ),
         f"output  {args.output}",
         sep="\n",
