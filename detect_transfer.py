@@ -404,8 +404,7 @@ def main():
                 stop_diverged(accelerator, f"the loss is {loss} at step {step} on process {process}", checkpoints)
         *losses, failures, stop = (sum(column) for column in zip(*told, strict=True))
         if failures:
-            name_undecodable(failed, named, accelerator)
-            undecodable += int(failures)
+            undecodable += name_undecodable(failed, named, accelerator)
             check_undecodable(undecodable, len(data.train), args.data)
         totals = {
             "steps": totals["steps"] + 1,
@@ -455,11 +454,8 @@ def main():
         results = {"backbone": args.backbone, "arch": arch, "encoder": args.encoder, "backbone_sha256": digest}
         data_name, on_hub = public_name(args.data)
         results |= {"data": data_name, "data_on_hub": on_hub, "metric": data.metric, "classes": len(data.classes)}
-        results |= {
-            "train_images": len(data.train),
-            "test_images": len(data.test),
-            "left_out": +data.left_out,
-        }  # + drops what is 0
+        results |= {"train_images": len(data.train), "test_images": len(data.test)}
+        results["left_out"] = +data.left_out  # + drops what is 0
         results |= {"iterations": total_steps, "bn": args.bn, **headline(scores), **scores, "undecodable": len(named)}
         results |= {"settings": vars(args) | {"output": str(args.output)}} | provenance(world)
         write_json(args.output / "results.json", results)

@@ -388,8 +388,7 @@ def main():
         if not any(map(math.isfinite, losses)):
             stop_diverged(accelerator, f"the loss is {losses[0]} at step {step}", checkpoints)
         if failures:
-            name_undecodable(failed, named, accelerator)
-            undecodable += int(failures)
+            undecodable += name_undecodable(failed, named, accelerator)
             check_undecodable(undecodable, len(train_set), args.data)
         totals = {
             "steps": totals["steps"] + 1,

@@ -322,8 +322,8 @@ def main():
                 args.batch_size,
                 args.seed,
             )
-        no_labels = "no column of labels (whole numbers from 0 on), or several: name one with --label-column"
         if not with_knn:
+            no_labels = "no column of labels (whole numbers from 0 on), or several: name one with --label-column"
             print("kNN     off:", "--knn-every 0" if args.knn_every == 0 else no_labels)
         elif test_set is None:
             print("kNN     of training images held out, for there is no test set with labels")
@@ -423,8 +423,7 @@ def main():
                 stop_diverged(accelerator, what, checkpoints)
         loss_sum, correct_sum, failures, stop = (sum(column) for column in zip(*told, strict=True))
         if failures:
-            name_undecodable(failed, named, accelerator)
-            undecodable += int(failures)
+            undecodable += name_undecodable(failed, named, accelerator)
             check_undecodable(undecodable, len(train_set), args.data)
         totals["steps"] += 1
         totals["loss"] += loss_sum / world

@@ -48,8 +48,8 @@ IMAGENET = (294, 1_281_167)  # files, images
 
 def ours(name, rank):
     images, _ = load_splits(name)
-    keys = itertools.islice(train_rows(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
-    for views, _ in train_batches(images, SIZE, 0, "v2", keys, 1):
+    rows = itertools.islice(train_rows(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
+    for views, _ in train_batches(images, SIZE, 0, "v2", rows, 1):
         yield len(views)
 
 

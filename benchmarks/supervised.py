@@ -41,8 +41,8 @@ def main():
     encoder = build_encoder(args.arch, dim=len(CLASSES), head="fc").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    keys = train_rows(train_set, args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
-    batches = iter(loader(LabelledCrops(train_set, size, args.seed), keys, args.workers))
+    rows = train_rows(train_set, args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
+    batches = iter(loader(LabelledCrops(train_set, size, args.seed), rows, args.workers))
     steps_per_epoch = len(train_set) // args.batch_size
     bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")
     for step in bar:

@@ -266,15 +266,15 @@ def read_image(dataset, index, decode=decode_image):
     Returns (what `decode` makes of the record, row, [(name, reason)] if it is not the row asked for): of several
     undecodable rows together each counts once, when it is asked for itself.
     """
-    undecodable = []
+    failed = []
     for row in range(index, index + len(dataset)):
         row %= len(dataset)
         record = dataset[row]["image"]
         try:
-            return decode(record), row, undecodable[:1]
+            return decode(record), row, failed
         except UNDECODABLE as error:
-            undecodable.append(((record or {}).get("path") or f"row {row}", first_line(error)))
-    raise UserError(f"none of the {len(dataset)} images can be decoded; the first: {': '.join(undecodable[0])}")
+            failed = failed or [((record or {}).get("path") or f"row {row}", first_line(error))]
+    raise UserError(f"none of the {len(dataset)} images can be decoded; the first: {': '.join(failed[0])}")
 
 
 # ---- what could not be decoded

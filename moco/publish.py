@@ -66,10 +66,8 @@ def check_push(name):
     try:
         huggingface_hub.utils.validate_repo_id(name)
         if "/" not in name:
-            raise UserError(f"--push-to-hub {name} lacks the user or organisation; name USER/NAME")
+            raise huggingface_hub.errors.HFValidationError("it lacks the user or organisation")
         huggingface_hub.HfApi().whoami()
-    except UserError:
-        raise
     except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalTokenNotFoundError) as error:
         raise UserError(f"--push-to-hub {name}: {first_line(error)}; name USER/NAME, and `hf auth login`") from error
     except Exception as error:  # refused, or no network, for which each client library has its own exceptions

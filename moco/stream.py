@@ -220,8 +220,8 @@ class ParquetImages:
         """One row group's columns as a table, by one request where their bytes lie together."""
         file, index = self.groups[group]
         chunks = [self.footers[file].row_group(index).column(i) for i in range(self.footers[file].num_columns)]
-        paths = tuple(f"{column}." for column in self.columns)  # of image.bytes, label ...
-        wanted = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(paths)]
+        prefixes = tuple(f"{column}." for column in self.columns)  # of image.bytes, label ...
+        wanted = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(prefixes)]
         ranges = []
         for start, end in sorted(map(chunk_range, wanted)):
             if ranges and ranges[-1][1] == start:

@@ -175,9 +175,9 @@ def test_the_evaluation_crop_is_torchvisions(height, width):
 
 def test_an_epoch_holds_every_image_at_most_once_and_drops_another_tail_each_time():
     steps_per_epoch = 103 // 8
-    keys = itertools.islice(batch_rows(103, 8, seed=0, start=0, rank=0, world=1), steps_per_epoch * 2)
+    rows = itertools.islice(batch_rows(103, 8, seed=0, start=0, rank=0, world=1), steps_per_epoch * 2)
     epochs = {0: [], 1: []}
-    for epoch, index in itertools.chain.from_iterable(keys):
+    for epoch, index in itertools.chain.from_iterable(rows):
         epochs[epoch].append(index)
     assert all(len(indices) == len(set(indices)) == 96 for indices in epochs.values())
     assert set(epochs[0]) != set(epochs[1]) and epochs[0] != sorted(epochs[0])
@@ -213,7 +213,7 @@ def test_a_large_jpeg_is_decoded_at_a_scale_that_hardly_shows(height, width):
 
 @pytest.mark.parametrize("start", [0, 5, 12, 13, 40])
 @pytest.mark.parametrize("world", [2, 4])
-def test_keys_start_at_any_step_and_join_to_those_of_one_process(start, world):
+def test_rows_start_at_any_step_and_join_to_those_of_one_process(start, world):
     whole = list(itertools.islice(batch_rows(103, 8, 1, 0, 0, 1), 45))
     parts = [itertools.islice(batch_rows(103, 8, 1, start, rank, world), 45 - start) for rank in range(world)]
     joined = [sum(step, []) for step in zip(*parts)]
@@ -241,8 +241,8 @@ def test_crops_depend_on_seed_epoch_and_image():
 
 def test_workers_do_not_change_the_batches(images):
     def first(workers, start):
-        keys = train_rows(images, 4, 0, start, 0, 1, workers, window=800)
-        batches = train_batches(images, 16, 0, "v2", keys, workers)
+        rows = train_rows(images, 4, 0, start, 0, 1, workers, window=800)
+        batches = train_batches(images, 16, 0, "v2", rows, workers)
         return [next(batches)[0] for _ in range(4)]
 
     plain = first(workers=0, start=0)

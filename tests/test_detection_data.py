@@ -199,15 +199,12 @@ def test_an_image_that_cannot_be_decoded(devkit):
     data = load_detection(str(devkit), years=["2012"])
     [(_, target)], undecodable = DetectionImages(data.train, [48], 1333, seed=0)[[(0, 1)]]
     assert [name for name, _ in undecodable] == ["2012_trainval_000001"]
-    (devkit / "VOC2012" / "JPEGImages" / "2012_trainval_000002.jpg").write_bytes(b"damaged, too")
-    _, undecodable = DetectionImages(data.train, [48], 1333, seed=0)[[(0, 1), (0, 2)]]
-    assert [name for name, _ in undecodable] == ["2012_trainval_000001", "2012_trainval_000002"]  # each once
-    (devkit / "VOC2012" / "JPEGImages" / "2012_trainval_000002.jpg").write_bytes(
-        (devkit / "VOC2012" / "JPEGImages" / "2012_trainval_000003.jpg").read_bytes()
-    )
     assert len(target["boxes"]) == len(data.train[2]["boxes"])  # its neighbour, with its own objects
     [(image, _)], undecodable = DetectionImages(data.train, [48], 1333)[[(0, 1)]]
     assert image is None and len(undecodable) == 1  # in evaluation nothing replaces it
+    (devkit / "VOC2012" / "JPEGImages" / "2012_trainval_000002.jpg").write_bytes(b"damaged, too")
+    _, undecodable = DetectionImages(data.train, [48], 1333, seed=0)[[(0, 1), (0, 2)]]
+    assert [name for name, _ in undecodable] == ["2012_trainval_000001", "2012_trainval_000002"]  # each once
     for path in (devkit / "VOC2012" / "JPEGImages").iterdir():
         path.write_bytes(b"damaged")
     with pytest.raises(UserError, match="none of the 4 training images can be decoded"):

@@ -35,8 +35,8 @@ def folder(tmp_path_factory):
 
 def epoch_of_rows(start, steps, world, workers, seed=0, window=20, batch_size=8):
     """Rows of `steps` steps from `start` on, by process: [[[(epoch, row), ...] a step] a process]."""
-    keys = [stream_rows(GROUPS, batch_size, seed, start, rank, world, workers, window) for rank in range(world)]
-    return [[batch for batch, _ in itertools.islice(process, steps)] for process in keys]
+    rows = [stream_rows(GROUPS, batch_size, seed, start, rank, world, workers, window) for rank in range(world)]
+    return [[batch for batch, _ in itertools.islice(process, steps)] for process in rows]
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 3), (2, 1), (2, 4), (4, 2), (8, 5)])
@@ -47,10 +47,10 @@ def test_every_epoch_holds_each_image_at_most_once_in_equal_steps(world, workers
     assert all(len(batch) == 8 // world for process in processes for batch in process)
     for epoch in range(3):
         steps = [process[epoch * steps_per_epoch :][:steps_per_epoch] for process in processes]
-        keys = [key for process in steps for batch in process for key in batch]
-        assert {key[0] for key in keys} == {epoch}
-        assert len(keys) == len(set(keys)) == steps_per_epoch * 8
-        dropped.append(frozenset(range(111)) - {row for _, row in keys})
+        rows = [row for process in steps for batch in process for row in batch]
+        assert {row_epoch for row_epoch, _ in rows} == {epoch}
+        assert len(rows) == len(set(rows)) == steps_per_epoch * 8
+        dropped.append(frozenset(range(111)) - {row for _, row in rows})
     assert all(len(rows) == 111 % 8 for rows in dropped) and len(set(dropped)) > 1
 
 
@@ -104,8 +104,8 @@ def test_a_stream_holds_the_rows_of_the_files(folder):
 def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(folder):
     def pixels(start, workers):
         images, _ = load_splits(str(folder))
-        keys = train_rows(images, 8, 0, start, 0, 1, workers, 20)
-        batches = train_batches(images, 16, 0, "v2", keys, workers)
+        rows = train_rows(images, 8, 0, start, 0, 1, workers, 20)
+        batches = train_batches(images, 16, 0, "v2", rows, workers)
         return [next(batches)[0] for _ in range(start, 12)]
 
     plain, later = pixels(0, workers=1), pixels(5, workers=1)

@@ -65,8 +65,8 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
     queue = F.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1).T  # CxK
     optimizer = torch.optim.SGD(f_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
     images = load_splits(str(folder))[0]
-    keys = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
-    batches = train_batches(images, 32, 0, "v2", keys, workers=0)
+    rows = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    batches = train_batches(images, 32, 0, "v2", rows, workers=0)
     for step in range(4):
         x_q, x_k = ViewAugment("v2")(next(batches)[0], sample_params("v2", 16, 0, step))
         for p_q, p_k in zip(f_q.parameters(), f_k.parameters()):
@@ -120,8 +120,8 @@ def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_pat
     f = build_encoder("resnet10", dim=16, head="mlp")
     optimizer = torch.optim.SGD(f.parameters(), lr=0.3 * 16 / 256, momentum=0.9, weight_decay=1e-6)
     images = load_splits(str(folder))[0]
-    keys = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
-    batches = train_batches(images, 32, 0, "simclr", keys, workers=0)
+    rows = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    batches = train_batches(images, 32, 0, "simclr", rows, workers=0)
     for step, line in enumerate(logged):
         views = ViewAugment("simclr")(next(batches)[0], sample_params("simclr", 16, 0, step))
         z = F.normalize(f(torch.cat(views)), dim=1)
