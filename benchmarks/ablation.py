@@ -21,15 +21,18 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.backbone import load_backbone
-from moco.data import decode_image, load_splits
+from moco.data import load_splits
+from moco.decode import decode_image
 from moco.knn import extract_features
-from moco.report import save_contact_sheet, save_neighbours
+from moco.report import save_neighbours
+from moco.shapes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cpu": 40, "gpu": 100}
@@ -132,18 +135,41 @@ def draw_neighbours(path, folders, arch, queries=8, count=5):
     """Nearest test images of the first of each class, under the backbone of each row: {row: its run folder}."""
     accelerator = Accelerator()
     _, test_set = load_splits("shapes")
-    labels = test_set["label"]
+    labels = test_set.dataset["label"]
     asked = [labels.index(label) for label in range(queries)]
-    images = [decode_image(record) for record in test_set["image"]]
+    images = [decode_image(record) for record in test_set.dataset["image"]]
     found = {}
     for row, folder in folders.items():
-        backbone = load_backbone("random", arch) if row == "random" else load_backbone(folder)
+        backbone = load_backbone("random", arch)[0] if row == "random" else load_backbone(folder)[0]
         backbone = backbone.eval().to(accelerator.device)
         features, _, _ = extract_features(backbone, test_set, range(len(test_set)), 32, 0, accelerator)
         features = F.normalize(features, dim=1)
         nearest = (features[asked] @ features.T).topk(count + 1, dim=1).indices[:, 1:].tolist()  # without itself
         found[row] = [[(images[i], labels[i] == labels[q]) for i in row] for q, row in zip(asked, nearest)]
     save_neighbours(path, [images[q] for q in asked], found)
+
+
+def save_contact_sheet(path, columns=12):
+    """The built-in data: a row a class, the first `columns` test images of each."""
+    rows = [[] for _ in CLASSES]
+    index = 0
+    while min(map(len, rows)) < columns:
+        image, labels, _ = draw_scene("test", index)
+        rows[labels[0]].append(image)
+        index += 1
+    side = len(image)
+    sheet = np.full((len(CLASSES) * (side + 2), columns * (side + 2), 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row[:columns]):
+            sheet[i * (side + 2) :, j * (side + 2) :][:side, :side] = image
+    figure, ax = plt.subplots(figsize=(8, 6))
+    ax.imshow(sheet)
+    ax.set_yticks([(i + 0.5) * (side + 2) for i in range(len(CLASSES))], CLASSES)
+    ax.set_xticks([])
+    for edge in ax.spines.values():
+        edge.set_visible(False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 def main():

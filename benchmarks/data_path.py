@@ -23,7 +23,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import MEAN, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
 from moco.batches import CropPairs, loader
-from moco.data import decode_image
+from moco.decode import decode_image
 
 BATCH, BATCHES, ROUNDS = 32, 4, 5
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -26,6 +27,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from detect_transfer import detector_step
 from moco.backbone import load_backbone
 from moco.detector import POOLED, C4Body, Normalize, build_detector, out_channels
 
@@ -63,27 +65,25 @@ def build_stock(resnet, anchor_sizes, roi_batch):
     return GeneralizedRCNN(C4Body(resnet), rpn, heads, Normalize())
 
 
-def random_batch(images, size, device):
-    """Images (3, size, size) of noise with eight boxes each."""
+def random_items(images, size):
+    """Items of `DetectionImages`: noise (3, size, size) with eight boxes each."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
     corners = torch.rand(images, 8, 2, generator=generator) * 0.6 * size
     sides = (0.1 + 0.3 * torch.rand(images, 8, 2, generator=generator)) * size
     boxes, labels = torch.cat([corners, corners + sides], dim=2), torch.randint(1, 1 + CLASSES, (images, 8))
-    targets = [{"boxes": b.to(device), "labels": c.to(device)} for b, c in zip(boxes, labels)]
-    return list(pixels.to(device)), targets
+    return [(image, {"boxes": b, "labels": c, "seed": 0}) for image, b, c in zip(pixels, boxes, labels)]
 
 
-def timed_iteration(detector, optimizer, images, targets):
-    """Seconds of one training iteration: on a GPU by the clock, on a CPU of processor time, which waits for nobody."""
-    clock = time.perf_counter if images[0].is_cuda else time.process_time
-    if images[0].is_cuda:
+def timed_step(detector, optimizer, items, accelerator):
+    """Seconds of one `detector_step`: by the clock on a GPU, on a CPU of processor time, which waits for nobody."""
+    on_gpu = accelerator.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
         torch.cuda.synchronize()
     started = clock()
-    sum(detector(images, targets).values()).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if images[0].is_cuda:
+    detector_step(detector, optimizer, [items], accelerator)
+    if on_gpu:
         torch.cuda.synchronize()
     return clock() - started
 
@@ -97,22 +97,23 @@ def main():
     add("--roi-batch", type=int, metavar="N", default=64, help="regions an image [%(default)s]")
     add("--rounds", type=int, metavar="N", default=20, help="iterations of each, after two to warm up [%(default)s]")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = load_backbone("random", args.arch)
+    accelerator = Accelerator()
+    device = accelerator.device.type
+    backbone = load_backbone("random", args.arch)[0]
     anchor_sizes = tuple(args.image_size // divisor for divisor in (16, 8, 4, 2, 1))
     torch.manual_seed(0)
     detectors = {
         "torchvision": build_stock(backbone, anchor_sizes, args.roi_batch),
         "ours": build_detector(backbone, CLASSES, anchor_sizes=anchor_sizes, roi_batch=args.roi_batch),
     }
-    batch = random_batch(args.batch_size, args.image_size, device)
+    batch = random_items(args.batch_size, args.image_size)
     seconds, optimizers = {name: [] for name in detectors}, {}
     for name, detector in detectors.items():
         detector.to(device, memory_format=torch.channels_last)
         optimizers[name] = torch.optim.SGD(detector.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     for turn in tqdm(range(args.rounds + 2), "rounds", leave=False):
         for name in list(detectors)[:: 1 if turn % 2 else -1]:  # neither is always the first
-            taken = timed_iteration(detectors[name], optimizers[name], *batch)
+            taken = timed_step(detectors[name], optimizers[name], batch, accelerator)
             seconds[name] += [taken] if turn >= 2 else []
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [ours / stock for ours, stock in zip(seconds["ours"], seconds["torchvision"])]

@@ -13,6 +13,7 @@ take turns in one process; medians are printed, and ratios to plain. Linux only,
 
 import argparse
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -25,21 +26,18 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import nn
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import convert_outputs_to_fp32
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import ViewAugment, sample_params
-from moco.contrast import KeyQueue, contrastive_logits, nt_xent_logits
-from moco.encoder import average_statistics, build_encoder, momentum_update
+from moco.contrast import KeyQueue, contrastive_logits
+from moco.encoder import build_encoder, momentum_update
 from moco.schedule import LARS
-from moco.shuffle import encode_keys, shuffle_order
+from moco.shuffle import shuffle_order
+from train_moco import moco_step, simclr_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# What the step asks of an Accelerator, for one process.
-ALONE = SimpleNamespace(
-    num_processes=1, process_index=0, mixed_precision=None, autocast=nullcontext, gather=lambda keys: keys
-)
 
 
 def wait():
@@ -66,7 +64,7 @@ def take_turns(calls, rounds):
     return {name: median(values[1:]) for name, values in times.items()}
 
 
-# ---- the step, plainly and as train_moco.py takes it
+# ---- the step, plainly and by train_moco.py
 
 
 def plain_step(arch, size, batch, queue_size, precision):
@@ -103,45 +101,53 @@ def plain_step(arch, size, batch, queue_size, precision):
     return step
 
 
-def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=ALONE, compiled=False):
-    """A function that takes the step of train_moco.py on its own random images, as many on each process."""
+def alone(precision):
+    """What a step asks of an Accelerator, for one process. One process cannot hold real ones of two precisions."""
+    bf16 = precision == "bf16"
+    return SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        mixed_precision="bf16" if bf16 else "no",
+        autocast=lambda: torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16),
+        gather=lambda rows: rows,
+        backward=lambda loss: loss.backward(),
+        no_sync=lambda module: nullcontext(),
+    )
+
+
+def prepared(encoder, precision, compiled=False):
+    """The encoder as accelerator.prepare hands it back: compiled or not, its forward pass in the precision."""
+    if compiled:
+        encoder.compile(dynamic=False)  # for one shape, as in training, though variants have several
+    if precision == "bf16":
+        encoder.forward = convert_outputs_to_fp32(torch.autocast(DEVICE.type, torch.bfloat16)(encoder.forward))
+    return encoder
+
+
+def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=None, compiled=False):
+    """A function that takes `moco_step` on its own random images, as many on each process."""
+    accelerator = accelerator or alone(precision)
     torch.manual_seed(0)
     query_encoder = build_encoder(arch).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
     queue = KeyQueue(queue_size, 128).to(DEVICE)
     optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
-    encoders, world, rank = (query_encoder, key_encoder), accelerator.num_processes, accelerator.process_index
     if compiled:
-        query_encoder.compile(dynamic=False)  # for one shape, as in training, though variants have several
         key_encoder.compile(dynamic=False)
-    if world > 1:
-        query_encoder = nn.parallel.DistributedDataParallel(query_encoder, broadcast_buffers=False)
-    bf16 = precision == "bf16"
+    if accelerator.num_processes > 1:
+        query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
+    else:
+        query_encoder = prepared(query_encoder, precision, compiled)
     images = torch.randn(2, batch, 3, size, size, device=DEVICE)
-    query_images, key_images = (view.contiguous(memory_format=torch.channels_last) for view in images)
-    positive = torch.zeros(bn_batch, dtype=torch.long, device=DEVICE)
-    number = 0
+    views = [view.contiguous(memory_format=torch.channels_last) for view in images]
+    numbers = itertools.count()
 
     def step():
-        nonlocal number
-        number += 1
-        momentum_update(query_encoder, key_encoder, 0.999)
-        order = shuffle_order(0, number, world * batch)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-            images = key_images.bfloat16() if bf16 else key_images  # as encode_keys does where Accelerate says bf16
-            all_keys = encode_keys(key_encoder, images, order, bn_batch, accelerator)
-        own_keys = all_keys[rank * batch : (rank + 1) * batch]
-        for i, (group, keys) in enumerate(zip(query_images.split(bn_batch), own_keys.split(bn_batch))):
-            last = i == batch // bn_batch - 1
-            with nullcontext() if last or world == 1 else query_encoder.no_sync():
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):  # entered anew, as Accelerate does
-                    q = query_encoder(group)
-                logits = contrastive_logits(F.normalize(q.float(), dim=1), keys, queue.keys, 0.2)
-                (F.cross_entropy(logits, positive) / (batch // bn_batch)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        queue.enqueue(all_keys)
-        average_statistics(encoders, accelerator)
+        moco_step(
+            query_encoder, key_encoder, queue, optimizer, views,
+            shuffle_order(0, next(numbers), accelerator.num_processes * batch), accelerator,
+            temperature=0.2, encoder_momentum=0.999, bn_batch=bn_batch,
+        )  # fmt: skip
 
     return step
 
@@ -166,21 +172,14 @@ def supervised_step(arch, size, batch, precision):
 
 
 def end_to_end_step(arch, size, batch, precision):
-    """A function that takes SimCLR's step of train_moco.py: both views get gradients, so all activations stay."""
+    """A function that takes `simclr_step` on its own random images: both views get gradients, all activations stay."""
     torch.manual_seed(0)
     encoder = build_encoder(arch).to(DEVICE, memory_format=torch.channels_last)
     optimizer = LARS(encoder.parameters(), 0.3, weight_decay=1e-6)
-    images = torch.randn(2 * batch, 3, size, size, device=DEVICE)
-    images = images.contiguous(memory_format=torch.channels_last)
-
-    def step():
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-            z = F.normalize(encoder(images).float(), dim=1)
-        F.cross_entropy(*nt_xent_logits(*z.chunk(2), 0.1)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    images = torch.randn(2, batch, 3, size, size, device=DEVICE)
+    views = [view.contiguous(memory_format=torch.channels_last) for view in images]
+    encoder = prepared(encoder, precision)
+    return lambda: simclr_step(encoder, optimizer, views, alone(precision), temperature=0.1, bn_batch=batch)
 
 
 def variants(arch, size, batch, queue_size, groups, compile):
@@ -270,7 +269,7 @@ def print_parts(size, batch, step_ms, rounds):
 
 def compare_processes(arch, size, batch, queue_size, bn_batch, rounds):
     """A step of each process by itself beside their step together, which shuffles, gathers and averages."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     steps = {
         "alone": our_step(arch, size, batch, queue_size, "float32", bn_batch),
         "together": our_step(arch, size, batch, queue_size, "float32", bn_batch, accelerator),

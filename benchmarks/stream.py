@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import random_crop_boxes
-from moco.batches import crop_generator, decode_crops, train_batches, train_rows
+from moco.batches import crop_generator, train_batches
 from moco.data import load_splits
+from moco.decode import decode_crops
 from moco.shapes import encode_jpeg
 from moco.stream import read_footer, read_footers, worker_windows
 from tests.hub import serving
@@ -48,7 +49,7 @@ IMAGENET = (294, 1_281_167)  # files, images
 
 def ours(name, rank):
     images, _ = load_splits(name)
-    rows = itertools.islice(train_rows(images, BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
+    rows = itertools.islice(images.training_rows(BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
     for views, _ in train_batches(images, SIZE, 0, "v2", rows, 1):
         yield len(views)
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
-from moco.batches import LabelledCrops, loader, train_rows
+from moco.batches import LabelledCrops, loader
 from moco.data import load_splits
 from moco.encoder import build_encoder
-from moco.run import fast_bf16
+from moco.run import has_fast_bf16
 from moco.schedule import learning_rate
 from moco.shapes import CLASSES
 
@@ -34,14 +34,14 @@ def main():
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16() else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16(PartialState().device.type) else "no")
     device, size = accelerator.device, 32
     train_set, _ = load_splits("shapes")
     torch.manual_seed(args.seed)
     encoder = build_encoder(args.arch, dim=len(CLASSES), head="fc").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    rows = train_rows(train_set, args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
+    rows = train_set.training_rows(args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
     batches = iter(loader(LabelledCrops(train_set, size, args.seed), rows, args.workers))
     steps_per_epoch = len(train_set) // args.batch_size
     bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")

@@ -3,16 +3,19 @@
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 benchmarks/traffic.py     counted on two, computed for 8 and 64
 """
 
+import copy
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.encoder import average_statistics, build_encoder
-from moco.shuffle import encode_keys, shuffle_order
+from moco.contrast import KeyQueue
+from moco.encoder import build_encoder
+from moco.shuffle import shuffle_order
+from train_moco import moco_step
 
 
 def expected_bytes(n, world, size, dim, statistics, pixel_bytes):
@@ -76,19 +79,26 @@ def numbers_in_statistics(encoder):
 
 
 def main():
-    accelerator = Accelerator(mixed_precision="bf16")
+    kwargs = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=kwargs)
     world, n, size, dim = accelerator.num_processes, 32, 32, 128
     torch.manual_seed(0)
-    query_encoder, key_encoder = (build_encoder("resnet10", dim) for _ in range(2))
-    images = torch.randn(n, 3, size, size)
+    query_encoder = build_encoder("resnet10", dim)
+    key_encoder, queue = copy.deepcopy(query_encoder).requires_grad_(False), KeyQueue(512, dim)
+    statistics = 2 * numbers_in_statistics(query_encoder)
+    optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03)
+    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
+    views = torch.randn(2, n, 3, size, size)
 
-    def step(number=0):
-        encode_keys(key_encoder, images, shuffle_order(0, number, n * world), n, accelerator)
-        average_statistics((query_encoder, key_encoder), accelerator)
+    def step(number):
+        moco_step(
+            query_encoder, key_encoder, queue, optimizer, views, shuffle_order(0, number, n * world), accelerator,
+            temperature=0.2, encoder_momentum=0.999, bn_batch=n,
+        )  # fmt: skip
 
     steps = [count_received(lambda number=number: step(number), accelerator) for number in range(50)]
     counted = {kind: sum(s[kind] for s in steps) / len(steps) for kind in steps[0]}
-    expected = expected_bytes(n, world, size, dim, 2 * numbers_in_statistics(query_encoder), pixel_bytes=2)
+    expected = expected_bytes(n, world, size, dim, statistics, pixel_bytes=2)
     if accelerator.is_main_process:
         print(f"{world} processes of {n} images of {size} pixels, resnet10, bfloat16: bytes received a step")
         for kind, value in counted.items():

@@ -3,7 +3,7 @@
 Workers call `random_crop_boxes` and `crop_pair` on the decoded image and send uint8, a quarter of the bytes of
 floats. `ViewAugment` then flips, jitters, grays, blurs and normalises, with parameters that `sample_params` draws for
 each view of each image of the global batch, so that any number of processes sees the same pixels.
-Source of each recipe: see `RECIPES`.
+Source of each recipe: see `AUGMENTATIONS`.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import nn
 # crop: the least share of an image's area. jitter: strengths of brightness, contrast, saturation, hue. jitter_p, gray_p
 # and blur_p: how probable each is. gray_first: before the jitter, not after it. Sources: arXiv:1911.05722 section 3.3,
 # arXiv:2003.04297 section 3, arXiv:2002.05709 appendix A with strength 1.
-RECIPES = {
+AUGMENTATIONS = {
     "v1": {
         "crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.4), "jitter_p": 1.0, "gray_p": 0.2, "gray_first": True, "blur_p": 0.0,
     },
@@ -90,15 +90,16 @@ def normalize(x):
     return (x - mean) / std
 
 
-def sample_params(recipe, n, seed, step):
+def sample_params(recipe, n, seed, step, rows=slice(None)):
     """Augmentation parameters of the global batch at `step`: a dict of CPU tensors, each (n, 2) or (n, 2, 4).
 
-    recipe: of `RECIPES`. n: images in the global batch; slice each tensor for one process.
+    recipe: of `AUGMENTATIONS`. n: images in the global batch. rows: those of one process; all are drawn, so that the
+    parameters do not depend on the number of processes.
     factors (n, 2, 4): brightness, contrast, saturation factors and hue shift (in turns), neutral where not jittered.
     order (n, 2, 4): the operations in the order they are applied. gray, flip (n, 2): bool. sigma (n, 2): of the blur,
     in pixels of a 224 pixel image, 0 for none.
     """
-    settings = RECIPES[recipe]
+    settings = AUGMENTATIONS[recipe]
     rng = np.random.default_rng([*b"photometry", seed, step])
     strength = np.array(settings["jitter"])
     factors = rng.uniform(-strength, strength, (n, 2, 4)) + (1, 1, 1, 0)
@@ -110,7 +111,7 @@ def sample_params(recipe, n, seed, step):
         "sigma": (rng.uniform(*BLUR_SIGMA, (n, 2)) * (rng.random((n, 2)) < settings["blur_p"])).astype(np.float32),
         "flip": rng.random((n, 2)) < 0.5,
     }
-    return {name: torch.from_numpy(values) for name, values in params.items()}
+    return {name: torch.from_numpy(values[rows]) for name, values in params.items()}
 
 
 def luma(x):
@@ -184,7 +185,7 @@ class ViewAugment(nn.Module):
 
     def __init__(self, recipe):
         super().__init__()
-        self.gray_first = RECIPES[recipe]["gray_first"]
+        self.gray_first = AUGMENTATIONS[recipe]["gray_first"]
 
     @torch.no_grad()
     def forward(self, uint8_views, params):

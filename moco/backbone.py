@@ -36,28 +36,28 @@ NOT_PUBLISHED = {"output", "resume", "keep", "checkpoint_every", "workers", "tra
 
 
 def load_backbone(source, arch=None, encoder="query", seed=0):
-    """The backbone that `source` names: a torchvision ResNet whose `fc` is the identity, (N, 3, H, W) -> (N, width).
+    """(backbone, what is known of it): a torchvision ResNet whose `fc` is the identity, (N, 3, H, W) -> (N, width).
 
     source: a run folder or a folder of `save_backbone`; a .safetensors file; USER/NAME or hf-hub:USER/NAME on the Hub;
     an official MoCo .pth.tar or another file of weights that PyTorch wrote; torchvision's name of supervised weights,
     such as "ResNet50_Weights.IMAGENET1K_V1"; or "random", drawn from `seed`.
     arch: a name of `resnet_names()`; None takes what the source says, else what its shapes fit; "random" then is a
     resnet50. encoder: "query", or "key" for the momentum encoder, where the source has both.
-    Its attribute `known` is a dict of "arch" and, as far as the source tells, of "image_size" in pixels, "tag" and
-    "settings" of its training.
+    What is known is a dict with "arch" and, if the source says so, "image_size" in pixels, "tag", and the "settings" of
+    its training.
     Raises UserError where the keys or shapes are not exactly those of the architecture.
     """
     if source == "random":
         check_single(source, encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return build_backbone(arch or "resnet50", "imagenet")
+            return build_backbone(arch or "resnet50", "imagenet"), {"arch": arch or "resnet50"}
     weights, known = read_backbone(source, encoder)
-    backbone = build_backbone(*fitting_arch(weights, arch or known.get("arch"), source))
-    backbone.known = known | backbone.known
+    arch, stem = fitting_arch(weights, arch or known.get("arch"), source)
+    backbone = build_backbone(arch, stem)
     counters = {key: value for key, value in backbone.state_dict().items() if key.endswith("num_batches_tracked")}
     backbone.load_state_dict(counters | weights)
-    return backbone
+    return backbone, known | {"arch": arch}
 
 
 def read_backbone(source, encoder="query"):
@@ -266,7 +266,7 @@ def feature_width(weights):
 def build_backbone(arch, stem):
     """A ResNet of `build_encoder` whose head is the identity."""
     backbone = build_encoder(arch, head="fc", stem=stem)
-    backbone.fc, backbone.known = nn.Identity(), {"arch": arch}
+    backbone.fc = nn.Identity()
     return backbone
 
 
@@ -314,15 +314,15 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     write_json(folder / "config.json", config)
 
 
-def save_loaded(folder, backbone):
-    """`save_backbone` of what `load_backbone` gave, with what is known of it."""
-    known = {"image_size": 224, "tag": "moco", "settings": {"arch": backbone.known["arch"]}} | backbone.known
+def save_loaded(folder, backbone, known):
+    """`save_backbone` of what `load_backbone` gave."""
+    known = {"image_size": 224, "tag": "moco", "settings": {"arch": known["arch"]}} | known
     save_backbone(folder, backbone, known["arch"], known["image_size"], known["tag"], known["settings"])
 
 
-def push_loaded(run, source, backbone, name):
+def push_loaded(run, source, backbone, known, name):
     """Publish what `load_backbone` gave for `source`, with the results measured in `run`; see `push_backbone`."""
-    save_loaded(run / "backbone", backbone)
+    save_loaded(run / "backbone", backbone, known)
     if (Path(source) / "curves.png").exists():
         shutil.copy(Path(source) / "curves.png", run / "backbone")
     return push_backbone(run, name)
@@ -359,13 +359,13 @@ def convert(source, target, to, arch=None, encoder="query"):
         raise UserError(f"TARGET {target} must end with {suffix} for --to {to}")
     if target.exists():
         raise UserError(f"TARGET {target} is there already; name another, or remove it")
-    backbone = load_backbone(source, arch, encoder)
-    weights, known = backbone.state_dict(), backbone.known
+    backbone, known = load_backbone(source, arch, encoder)
+    weights = backbone.state_dict()
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "torchvision":
         save_file(weights, target, {"format": "pt"})
     elif to == "timm":
-        save_loaded(target, backbone)
+        save_loaded(target, backbone, known)
     elif to == "detectron2":
         model = {to_detectron2(key): value for key, value in weights.items()}
         torch.save({"model": model, "__author__": "MOCO", "matching_heuristics": True}, target)

@@ -6,7 +6,6 @@ number of workers, and one process reads what several read together.
 """
 
 import atexit
-import contextlib
 import itertools
 import math
 import multiprocessing
@@ -15,14 +14,13 @@ import signal
 from functools import partial
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from moco.augment import RECIPES, crop_pair, random_crop_boxes
-from moco.data import JPEG, decode_image, encoded_bytes, read_image
-from moco.stream import ParquetImages, stream_rows
+from moco.augment import AUGMENTATIONS, random_crop_boxes
+from moco.decode import decode_crops, decode_image, read_image
 
 # ---- training batches
 
@@ -33,30 +31,6 @@ def empty_batch(*shape):
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collation does
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
-
-
-def decode_crops(record, draw_boxes, size):
-    """Crops of an encoded image, (views, size, size, 3) uint8; raises as `decode_image`.
-
-    draw_boxes: (height, width) -> boxes, (views, 4) int. A JPEG is decoded at a half, a quarter or an eighth of its
-    sides where every crop still has `size` pixels: in 60 % of the time for 1600 x 1200 pixels. Crops then begin at
-    the nearest of fewer pixels, and differ by about a level from those of the whole image.
-    """
-    data = encoded_bytes(record)
-    if data[:2] == JPEG:
-        with contextlib.suppress(ValueError):
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            boxes = draw_boxes(height, width)
-            factor = next((factor for factor in (8, 4, 2) if boxes[:, 2:].min() >= factor * size), 1)
-            if factor == 1:
-                return crop_pair(simplejpeg.decode_jpeg(data), boxes, size)
-            least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
-            image = simplejpeg.decode_jpeg(data, **least)
-            ends = (boxes[:, :2] + boxes[:, 2:]) / factor
-            starts, ends = np.rint(boxes[:, :2] / factor).astype(int), np.rint(ends).astype(int)
-            return crop_pair(image, np.concatenate([starts, np.minimum(ends, image.shape[:2]) - starts], axis=1), size)
-    image = decode_image({"bytes": data, "path": None})
-    return crop_pair(image, draw_boxes(*image.shape[:2]), size)
 
 
 class CropPairs(Dataset):
@@ -72,8 +46,7 @@ class CropPairs(Dataset):
 
     def __getitem__(self, item):
         rows, groups = item
-        if groups:
-            self.dataset.keep(groups)
+        self.dataset.keep(groups)
         views = empty_batch(len(rows), 2, self.size, self.size, 3)
         undecodable = []
         for view, (epoch, index) in zip(views, rows, strict=True):
@@ -113,8 +86,7 @@ class LabelledCrops(Dataset):
 
 def labelled_batch(dataset, rows, groups, cuts, size):
     """What LabelledCrops and CenterCrops return. cuts: for each row what makes its record a crop."""
-    if groups:
-        dataset.keep(groups)
+    dataset.keep(groups)
     crops = empty_batch(len(rows), size, size, 3)
     labels, undecodable = torch.empty(len(rows), dtype=torch.long), []
     for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
@@ -143,38 +115,9 @@ def crop_generator(seed, epoch, index):
     return np.random.default_rng([*b"crop", seed, epoch, index])
 
 
-def batch_rows(images, batch_size, seed, start, rank, world):
-    """Endless [(epoch, index), ...] of one process, from step `start` on.
-
-    Each epoch is a fresh permutation of all images; its remainder below a batch is dropped, another one each epoch.
-    """
-    steps_per_epoch, n = images // batch_size, batch_size // world
-    permuted = None
-    for step in itertools.count(start):
-        epoch, position = divmod(step, steps_per_epoch)
-        if permuted is None or position == 0:
-            permuted = np.random.default_rng([*b"order", seed, epoch]).permutation(images)
-        first = position * batch_size + rank * n
-        yield [(epoch, index) for index in permuted[first : first + n].tolist()]
-
-
-def train_rows(dataset, batch_size, seed, start, rank, world, workers, window):
-    """Endless ([(epoch, index), ...], row groups to read ahead) of this process's rows, from global step `start` on."""
-    if isinstance(dataset, ParquetImages):
-        return stream_rows(dataset.rows_in_group, batch_size, seed, start, rank, world, workers, window)
-    return ((rows, ()) for rows in batch_rows(len(dataset), batch_size, seed, start, rank, world))
-
-
-def row_order(dataset, world, workers, window):
-    """What else the order of the rows depends on: a run resumes in mid-epoch only where it is unchanged."""
-    if isinstance(dataset, ParquetImages):
-        return {"files": dataset.fingerprint(), "processes": world, "workers": max(1, workers), "window": window}
-    return {}
-
-
 def train_batches(dataset, size, seed, recipe, rows, workers):
     """Endless batches of the images that `rows`, of `train_rows`, name; see CropPairs for what a batch is."""
-    return iter(loader(CropPairs(dataset, size, seed, RECIPES[recipe]["crop"]), rows, workers))
+    return iter(loader(CropPairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"]), rows, workers))
 
 
 def loader(dataset, items, workers):
@@ -191,7 +134,7 @@ def loader(dataset, items, workers):
         num_workers=workers,
         worker_init_fn=leave_group,
         collate_fn=as_made,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=PartialState().device.type == "cuda",
     )
 
 
@@ -220,41 +163,16 @@ def stop_workers():
 # ---- evaluation batches
 
 
-def sample_rows(dataset, n):
-    """A fixed sample of n rows, or all if there are fewer: random ones; of a stream, those of random row groups."""
-    rng = np.random.default_rng([*b"sample"])
-    if not isinstance(dataset, ParquetImages):
-        return rng.permutation(len(dataset))[:n].tolist()
-    rows = []
-    for group in rng.permutation(len(dataset.rows_in_group)):
-        if len(rows) >= n:
-            break
-        rows += range(dataset.first_row[group], dataset.first_row[group + 1])
-    return rows[:n]
-
-
-def split_rows(dataset, rows, parts):
-    """A sequence of rows in contiguous parts, [(position of its first, rows), ...], some of which may be empty.
-
-    Those of a stream are cut between row groups, so that each is read by one part alone.
-    """
-    starts = np.arange(len(rows) + 1)
-    if isinstance(dataset, ParquetImages):
-        starts = np.flatnonzero(np.diff(dataset.groups_of(rows), prepend=-1, append=-2))
-    cuts = starts[np.searchsorted(starts, np.arange(parts + 1) * len(rows) // parts)].tolist()
-    return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
-
-
 def ordered_rows(dataset, rows, size, workers):
     """Batches of at most `size` of `rows`, as [(position of its first, rows, row groups to read ahead), ...].
 
     Each worker of a `loader` reads a contiguous part: a DataLoader hands batches to its workers in turn, so the list
     has those of each part in turn, and empty ones where a part has no more.
     """
-    streamed, parts = isinstance(dataset, ParquetImages), []
-    for first, part in split_rows(dataset, rows, max(1, workers)):
+    parts = []
+    for first, part in dataset.split(rows, max(1, workers)):
         batches = [part[i : i + size] for i in range(0, len(part), size)]
-        groups = [list(dict.fromkeys(dataset.groups_of(batch).tolist())) if streamed else [] for batch in batches]
+        groups = [dataset.row_groups(batch) for batch in batches]
         ahead = [here + following for here, following in zip(groups, [*groups[1:], []])]
         parts.append(zip(range(first, first + len(part), size), batches, ahead))
     return [batch for turn in itertools.zip_longest(*parts, fillvalue=(0, [], [])) for batch in turn]

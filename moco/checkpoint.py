@@ -1,13 +1,9 @@
 """Save and resume a run: complete folders of safetensors and JSON, written so that a kill at any moment loses none."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moco.errors import UserError, first_line
+
+EVALUATION = ('"knn"', '"top1"', '"AP"')  # keys of metrics.jsonl that stand in few of its lines
 
 
 def write_json(path, value):
@@ -157,15 +155,19 @@ def append_metrics(path, line):
         file.write(json.dumps(line) + "\n")
 
 
-def read_metrics(path):
-    """The lines of metrics.jsonl as dicts, but for one that a kill left half-written at the end.
+def read_metrics(path, points=None):
+    """The lines of metrics.jsonl as dicts, without one that a kill left half-written at the end.
 
-    Raises UserError where it is not there or damaged.
+    points: of a longer file so many lines at equal distances, and all with an EVALUATION in them, for a picture.
+    Raises UserError if the file is missing or damaged.
     """
     try:
         lines = path.read_text().splitlines()
         if lines and not lines[-1].endswith("}"):
             lines.pop()
+        if points and len(lines) > points:
+            chosen = {i * (len(lines) - 1) // (points - 1) for i in range(points)}
+            lines = [line for i, line in enumerate(lines) if i in chosen or any(key in line for key in EVALUATION)]
         return [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(
@@ -179,19 +181,3 @@ def trim_metrics(path, step):
     partial.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
     sync(partial)
     os.replace(partial, path)
-
-
-def provenance(processes):
-    """What made a run: script, versions, the commit of this repository where there is one, number of processes."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    names = ("torch", "torchvision", "accelerate", "datasets")
-    return {
-        "script": Path(sys.argv[0]).name,
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
-        "commit": commit,
-        "processes": processes,
-    }

@@ -1,62 +1,103 @@
 """A data name becomes rows of encoded images: the built-in shapes, a folder of images, or a dataset on the Hub."""
 
-import io
-import sys
+import itertools
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 import numpy as np
-import simplejpeg
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
-from tqdm import tqdm
+from accelerate.utils import broadcast_object_list
 
 from moco.errors import UserError, first_line
 from moco.folder import TEST, TRAIN, folder_splits
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers
 
-MAX_UNDECODABLE = 0.05  # share of the images of an epoch above which the data is at fault, not some files
-JPEG = b"\xff\xd8"  # how such a file begins
-UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on damaged files
+# ---- rows that can be read one by one
+
+
+class IndexedImages:
+    """A Hugging Face dataset as a sequence of {"image": {"bytes", "path"}, "label"}, of which any row is cheap to read.
+
+    It has the methods of `moco.stream.ParquetImages`, so that nothing else needs to know which of the two it reads.
+    """
+
+    def __init__(self, dataset):
+        self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, row):
+        return self.dataset[row]
+
+    def label_range(self):
+        """(smallest, largest) label, a missing one as -1."""
+        labels = np.asarray(self.dataset["label"])
+        return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
+
+    def training_rows(self, batch_size, seed, start, rank, world, workers, window):
+        """Endless ([(epoch, row), ...], ()), a batch of one process each; see `batch_rows`."""
+        return ((rows, ()) for rows in batch_rows(len(self), batch_size, seed, start, rank, world))
+
+    def order(self, world, workers, window):
+        """What else the order of the rows depends on: nothing."""
+        return {}
+
+    def sample(self, n):
+        """A fixed random sample of n rows, or all if there are fewer."""
+        return np.random.default_rng([*b"sample"]).permutation(len(self))[:n].tolist()
+
+    def split(self, rows, parts):
+        """A sequence of rows in contiguous parts, [(position of its first row, rows), ...]; some may be empty."""
+        cuts = [part * len(rows) // parts for part in range(parts + 1)]
+        return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
+
+    def hold_out(self, images, purpose, seed):
+        """(the rest, `images` random rows). purpose: bytes that tell this choice from others."""
+        order = np.random.default_rng([*purpose, seed]).permutation(len(self))
+        return tuple(IndexedImages(self.dataset.select(np.sort(rows))) for rows in (order[images:], order[:images]))
+
+    def row_groups(self, rows):
+        """Nothing to read ahead."""
+        return []
+
+    def keep(self, groups):
+        """Nothing to keep."""
+
+
+def batch_rows(images, batch_size, seed, start, rank, world):
+    """Endless [(epoch, index), ...] of one process, from step `start` on.
+
+    Each epoch is a fresh permutation of all images. What is left over below a batch is dropped, other images each time.
+    """
+    steps_per_epoch, n = images // batch_size, batch_size // world
+    permuted = None
+    for step in itertools.count(start):
+        epoch, position = divmod(step, steps_per_epoch)
+        if permuted is None or position == 0:
+            permuted = np.random.default_rng([*b"order", seed, epoch]).permutation(images)
+        first = position * batch_size + rank * n
+        yield [(epoch, index) for index in permuted[first : first + n].tolist()]
 
 
 # ---- a name -> datasets with the columns "image" (not decoded) and, where there are labels, "label"
 
 
 def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True):
-    """The images that `name` stands for, as (train, test) data sets of rows; test is None where there is no split.
+    """The images that `name` stands for, as (train, test) sequences of rows; test is None if there is no such split.
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
-    USER/NAME on the Hub. revision: of a Hub name, None for main.
-    streaming: read parquet files by row group where they lie (ParquetImages). All else is a Hugging Face dataset; what
-    is neither in image files nor saved by `datasets` is downloaded or converted once a machine, and kept on disk.
-    All processes call it together. Raises UserError for a name, folder or column that is not there.
+    USER/NAME on the Hub. revision: of a Hub name, None for main. streaming: read parquet files by row group where they
+    are (ParquetImages). Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets`
+    is downloaded or converted once a machine, and kept on disk.
+    All processes call it together. Raises UserError for a name, folder or column that does not exist.
     """
-    folder, here = Path(name), name != "" and Path(name).is_dir()
-    if name != "shapes" and not here:
+    if name != "shapes" and (name == "" or not Path(name).is_dir()):
         check_hub_name(name)
     try:
-        if name == "shapes":
-            with PartialState().local_main_process_first():  # drawn once a machine
-                return shapes_dataset("train"), shapes_dataset("test")
-        if here and ((folder / "dataset_dict.json").exists() or (folder / "state.json").exists()):
-            splits = datasets.load_from_disk(name)
-        elif here and (found := folder_splits(name)):
-            splits = found
-        else:
-            builder = datasets.load_dataset_builder(name, revision=revision)
-            files = builder.config.data_files or {}
-            paths = [str(path) for split in files.values() for path in split]
-            if streaming and paths and all(path.endswith(".parquet") for path in paths):
-                return parquet_splits(name, files, image_column, label_column)
-            if streaming and not here and PartialState().is_main_process:
-                print(f"data    {name} is not in parquet files: downloaded once a machine in place of being streamed")
-            with PartialState().local_main_process_first():
-                builder.download_and_prepare()
-            splits = builder.as_dataset()
+        splits = find_splits(name, image_column, label_column, revision, streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         if revision is not None and "evision" in str(error):
             raise UserError(f"--revision {revision} is not in {name}: {first_line(error)}") from error
@@ -68,9 +109,36 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--data {name} cannot be read as images: {first_line(error)}") from error
-    if isinstance(splits, datasets.Dataset):
-        splits = {"train": splits}
-    return tuple(split and select_columns(split, name, image_column, label_column) for split in train_and_test(splits))
+    return tuple(
+        IndexedImages(select_columns(split, name, image_column, label_column))
+        if isinstance(split, datasets.Dataset)
+        else split
+        for split in splits
+    )
+
+
+def find_splits(name, image_column, label_column, revision, streaming):
+    """(train, test): each a Hugging Face dataset, ParquetImages, or None."""
+    folder = Path(name)
+    if name == "shapes":
+        with PartialState().local_main_process_first():  # drawn once a machine
+            return shapes_dataset("train"), shapes_dataset("test")
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        splits = datasets.load_from_disk(name)
+    elif folder.is_dir() and (found := folder_splits(name)):
+        splits = found
+    else:
+        builder = datasets.load_dataset_builder(name, revision=revision)
+        files = builder.config.data_files or {}
+        paths = [str(path) for split in files.values() for path in split]
+        if streaming and paths and all(path.endswith(".parquet") for path in paths):
+            return parquet_splits(name, files, image_column, label_column)
+        if streaming and not folder.is_dir() and PartialState().is_main_process:
+            print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
+        with PartialState().local_main_process_first():
+            builder.download_and_prepare()
+        splits = builder.as_dataset()
+    return train_and_test({"train": splits} if isinstance(splits, datasets.Dataset) else splits)
 
 
 def train_and_test(splits):
@@ -154,14 +222,6 @@ def select_columns(dataset, name, image_column, label_column):
         raise UserError(f"--image-column {image_column} of {name} does not hold images: {first_line(error)}") from error
 
 
-def label_range(dataset):
-    """(smallest, largest) label, a missing one as -1; None for a stream whose files do not say without being read."""
-    if isinstance(dataset, ParquetImages):
-        return dataset.label_range()
-    labels = np.asarray(dataset["label"])
-    return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
-
-
 def label_kind(dataset):
     """The type of the labels in a word, "int64" or such where they are whole numbers."""
     feature = dataset.features.get("label")
@@ -172,7 +232,7 @@ def has_labels(dataset):
     """Whether each image has a whole number from 0 on as its label, as far as can be told without reading."""
     if not label_kind(dataset).startswith(("int", "uint")):
         return False
-    found = label_range(dataset)
+    found = dataset.label_range()
     return found is None or found[0] >= 0
 
 
@@ -193,7 +253,7 @@ def count_classes(train_set, test_set, name):
         kind = label_kind(split)
         if not kind.startswith(("int", "uint")):
             raise UserError(f"--data {name} has labels of type {kind}; they must be whole numbers from 0 on")
-    ranges = [label_range(split) for split in splits]
+    ranges = [split.label_range() for split in splits]
     if None in ranges and not names[0]:
         raise UserError(
             f"--data {name} names no classes, and its files do not say in their footers how many labels there are;"
@@ -207,98 +267,3 @@ def count_classes(train_set, test_set, name):
             f"--data {name} has labels from {low} to {high} for {classes} classes: some images are not labelled"
         )
     return classes
-
-
-def hold_out(dataset, images, purpose, seed):
-    """Split a dataset at random into (the rest, `images` of it); a stream by whole row groups of at least as many."""
-    rng = np.random.default_rng([*purpose, seed])
-    if not isinstance(dataset, ParquetImages):
-        order = rng.permutation(len(dataset))
-        return dataset.select(np.sort(order[images:])), dataset.select(np.sort(order[:images]))
-    order = rng.permutation(len(dataset.groups))
-    count = int(np.searchsorted(dataset.rows_in_group[order].cumsum(), images)) + 1
-    if count >= len(order):
-        raise UserError(
-            f"the training data has {len(order)} row groups, too few to hold {images} of {len(dataset)} images out;"
-            " --no-streaming holds out single images"
-        )
-    return dataset.select_groups(order[count:]), dataset.select_groups(order[:count])
-
-
-# ---- one image
-
-
-def decode_image(record):
-    """An encoded image, {"bytes", "path"}, of which one may be None -> (H, W, 3) uint8 array.
-
-    JPEGs are decoded by simplejpeg, bit for bit as by Pillow and faster; what it refuses (CMYK, damage) and every other
-    format by Pillow. Gray, palette and RGBA images become RGB, 16 bits become 8. Raises one of UNDECODABLE, also where
-    a row has no image.
-    """
-    data = encoded_bytes(record)
-    if data[:2] == JPEG:
-        try:
-            return simplejpeg.decode_jpeg(data)
-        except ValueError:
-            pass
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode == "F":
-                raise ValueError("pixels are floating-point numbers, of unknown range")
-            if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255; "I" may be less
-                gray = np.asarray(image)
-                gray = gray >> 8 if image.mode != "I" or gray.max() > 255 else gray
-                return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except RuntimeError as error:  # Pillow's, of a damaged AVIF
-        raise OSError(str(error)) from error
-
-
-def encoded_bytes(record):
-    if record is None or (record["bytes"] is None and record["path"] is None):
-        raise ValueError("the row has no image")
-    return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
-
-
-def read_image(dataset, index, decode=decode_image):
-    """Row `index` decoded, or the nearest row after it that can be.
-
-    Returns (what `decode` makes of the record, row, [(name, reason)] if it is not the row asked for): of several
-    undecodable rows together each counts once, when it is asked for itself.
-    """
-    failed = []
-    for row in range(index, index + len(dataset)):
-        row %= len(dataset)
-        record = dataset[row]["image"]
-        try:
-            return decode(record), row, failed
-        except UNDECODABLE as error:
-            failed = failed or [((record or {}).get("path") or f"row {row}", first_line(error))]
-    raise UserError(f"none of the {len(dataset)} images can be decoded; the first: {': '.join(failed[0])}")
-
-
-# ---- what could not be decoded
-
-
-def check_undecodable(undecodable, images, data):
-    """Raise UserError where of so many images, of an epoch or an evaluation, too many could not be decoded."""
-    if undecodable > MAX_UNDECODABLE * images:
-        raise UserError(
-            f"{undecodable} of {images} images of --data {data} cannot be decoded, more than {MAX_UNDECODABLE:.0%};"
-            " mend or remove them"
-        )
-
-
-def name_undecodable(failed, named, accelerator, instead="its neighbour takes its place"):
-    """Print each undecodable image once, on the main process; returns how many all processes have, which call together.
-
-    failed: this process's [(name, reason), ...]. named: the set of names printed before, which grows. instead: what
-    becomes of it.
-    """
-    everyone = gather_object(failed)
-    for name, reason in everyone:
-        if name not in named:
-            named.add(name)
-            if accelerator.is_main_process:
-                tqdm.write(f"cannot decode {name} ({reason}): {instead}", file=sys.stderr)
-    return len(everyone)

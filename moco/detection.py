@@ -1,8 +1,8 @@
 """Detection data: VOCdevkit and COCO folders, Hub datasets of VOC's shape, the built-in shapes, as batches and scored.
 
-Everything becomes a list of records, an image each: {"image": encoded as for moco.data.decode_image, or (dataset, row),
-"name", "width", "height", "boxes" (m, 4) float32 xyxy from 0, "labels" (m,) int64 from 0, "difficult" (m,) bool}, and
-for COCO "id" and "polygons", a list of (points, 2) arrays for each box.
+Everything becomes a list of records, one for each image: {"image": encoded, as `decode_image` takes it, or (dataset,
+row), "name", "width", "height", "boxes" (m, 4) float32 xyxy from 0, "labels" (m,) int64 from 0, "difficult" (m,)
+bool}, and for COCO "id" and "polygons", a list of (points, 2) arrays for each box.
 """
 
 import io
@@ -19,7 +19,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moco.coco import evaluate_coco
-from moco.data import UNDECODABLE, check_hub_name, decode_image, encoded_bytes
+from moco.data import check_hub_name
+from moco.decode import UNDECODABLE, decode_image, encoded_bytes, read_image
 from moco.errors import UserError, first_line
 from moco.shapes import CLASSES as SHAPES_CLASSES
 from moco.shapes import draw_scene, encode_jpeg
@@ -316,20 +317,17 @@ class DetectionImages(Dataset):
     def __getitem__(self, rows):
         items, undecodable = [], []
         for iteration, index in rows:
-            row, image = index, None
-            while image is None:
-                record = self.records[row]
-                try:
-                    image = decode_image(encoded_image(record))
-                except UNDECODABLE as error:
-                    if row == index:
-                        undecodable.append((record["name"], first_line(error)))
-                    row = (row + 1) % len(self.records)
-                    if self.seed is None:
-                        break
-                    if row == index:
-                        raise UserError(f"none of the {len(self.records)} training images can be decoded") from error
-            items.append((None, {"index": index}) if image is None else self.prepare(image, record, iteration, index))
+            if self.seed is not None:
+                image, row, failed = read_image(self.records, index, decode_stored)
+                items.append(self.prepare(image, self.records[row], iteration, index))
+                undecodable += failed
+                continue
+            record = self.records[index]
+            try:
+                items.append(self.prepare(decode_stored(record["image"]), record, iteration, index))
+            except UNDECODABLE as error:
+                items.append((None, {"index": index}))
+                undecodable.append((record["name"], first_line(error)))
         return items, undecodable
 
     def prepare(self, image, record, iteration, index):
@@ -362,12 +360,12 @@ class DetectionImages(Dataset):
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target
 
 
-def encoded_image(record):
-    """{"bytes", "path"} of a record."""
-    if isinstance(record["image"], tuple):
-        dataset, row = record["image"]
-        return dataset[row]["image"]
-    return record["image"]
+def decode_stored(image):
+    """A record's image as pixels: encoded, or (dataset, row) to be read from there."""
+    if isinstance(image, tuple):
+        dataset, row = image
+        image = dataset[row]["image"]
+    return decode_image(image)
 
 
 def micro_batch_rows(portrait, batch_size, micro_batch, seed, start, rank, world):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width
-from moco.batches import CenterCrops, loader, ordered_rows, sample_rows, split_rows
+from moco.batches import CenterCrops, loader, ordered_rows
 from moco.checkpoint import write_json
 from moco.errors import UserError
 
@@ -71,7 +71,7 @@ def extract_features(backbone, dataset, rows, size, workers, accelerator):
     Returns on every process features (len(rows), width) float32, labels (len(rows),) and the undecodable images of its
     own share as (name, reason).
     """
-    first, mine = split_rows(dataset, rows, accelerator.num_processes)[accelerator.process_index]
+    first, mine = dataset.split(rows, accelerator.num_processes)[accelerator.process_index]
     features = torch.zeros(len(rows), feature_width(backbone.state_dict()), device=accelerator.device)
     labels = torch.zeros(len(rows), dtype=torch.long, device=accelerator.device)
     undecodable = fill_features((features[first:], labels[first:]), backbone, dataset, mine, size, workers, accelerator)
@@ -95,7 +95,7 @@ def feature_bank(backbone, dataset, rows, size, workers, accelerator):
     Written batch by batch into one tensor: to collect them first would hold them twice. Also returns the undecodable
     images as (name, reason).
     """
-    _, mine = split_rows(dataset, rows, accelerator.num_processes)[accelerator.process_index]
+    _, mine = dataset.split(rows, accelerator.num_processes)[accelerator.process_index]
     bank = torch.empty(len(mine), feature_width(backbone.state_dict()), device=accelerator.device)
     labels = torch.empty(len(mine), dtype=torch.long, device=accelerator.device)
     undecodable = fill_features((bank, labels), backbone, dataset, mine, size, workers, accelerator)
@@ -129,7 +129,7 @@ def cache_features(folder, backbone, digest, dataset, size, workers, accelerator
         np.lib.format.open_memmap(paths[1], "w+", np.int64, (len(dataset),))
     accelerator.wait_for_everyone()
     files = [np.load(path, mmap_mode="r+") for path in paths]
-    first, mine = split_rows(dataset, range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
+    first, mine = dataset.split(range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
     own = [file[first:] for file in files]
     undecodable = fill_features(own, backbone, dataset, mine, size, workers, accelerator)
     for file in files:
@@ -182,10 +182,10 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
     backbone.fc = nn.Identity()
     if test_set is None:
         held_out = min(MONITOR_QUERIES, max(1, len(train_set) // 5))
-        sample = sample_rows(train_set, MONITOR_BANK + held_out)
+        sample = train_set.sample(MONITOR_BANK + held_out)
         test_set, queries, rows = train_set, sample[:held_out], sample[held_out:]
     else:
-        queries, rows = sample_rows(test_set, MONITOR_QUERIES), sample_rows(train_set, MONITOR_BANK)
+        queries, rows = test_set.sample(MONITOR_QUERIES), train_set.sample(MONITOR_BANK)
     bank, bank_labels, failed = feature_bank(backbone, train_set, rows, size, workers, accelerator)
     features, labels, failed_too = extract_features(backbone, test_set, queries, size, workers, accelerator)
     classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1

@@ -6,17 +6,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from moco.augment import MEAN, RECIPES, STD, ViewAugment, random_crop_boxes, sample_params
+from moco.augment import AUGMENTATIONS, MEAN, STD, ViewAugment, random_crop_boxes, sample_params
 from moco.batches import CropPairs, crop_generator
 from moco.checkpoint import read_metrics
 from moco.coco import decode_masks
-from moco.data import UNDECODABLE, decode_image, read_image
-from moco.detection import encoded_image
-from moco.shapes import CLASSES, draw_scene
+from moco.decode import UNDECODABLE, read_image
+from moco.detection import decode_stored
+
+CURVE_POINTS = 400  # drawn of a log at most: every line of a long one would take seconds
 
 
 def save_views(path, dataset, rows, recipe, size, batch_size, seed):
@@ -27,10 +27,10 @@ def save_views(path, dataset, rows, recipe, size, batch_size, seed):
     """
     images = [read_image(dataset, index)[0] for _, index in rows]
     boxes = [
-        random_crop_boxes(*image.shape[:2], crop_generator(seed, *row), RECIPES[recipe]["crop"])
+        random_crop_boxes(*image.shape[:2], crop_generator(seed, *row), AUGMENTATIONS[recipe]["crop"])
         for image, row in zip(images, rows)
     ]
-    views, _ = CropPairs(dataset, size, seed, RECIPES[recipe]["crop"])[rows, ()]
+    views, _ = CropPairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"])[rows, ()]
     params = sample_params(recipe, batch_size, seed, step=0)
     pair = ViewAugment(recipe)(views, {name: values[: len(rows)] for name, values in params.items()})
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
@@ -59,7 +59,7 @@ def save_curves(path, metrics, candidates):
     metrics: path of metrics.jsonl. candidates: among which the positive is to be found, for the chance level: 1 + K,
     or SimCLR's 2N - 1.
     """
-    lines = read_metrics(metrics)
+    lines = read_metrics(metrics, CURVE_POINTS)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
     panels = [
         ("loss", "contrastive loss", "tab:blue"),
@@ -88,7 +88,7 @@ def save_curves(path, metrics, candidates):
 
 def save_detection_curves(path, metrics):
     """The parts of a detector's loss, AP and learning rate over iterations. metrics: path of metrics.jsonl."""
-    lines = read_metrics(metrics)
+    lines = read_metrics(metrics, CURVE_POINTS)
     parts = {key: key.removeprefix("loss_").replace("_", " ") for key in (lines[0] if lines else ()) if "loss_" in key}
     panels = [
         ("losses", parts),
@@ -123,7 +123,7 @@ def save_detections(path, records, predictions, classes, images=6, threshold=0.5
         masks = decode_masks(found["masks"])[sure] if len(found.get("masks", [])) else None
         names = [f"{classes[c]} {score:.2f}" for c, score in zip(found["labels"][sure], found["scores"][sure])]
         try:
-            image = decode_image(encoded_image(record))
+            image = decode_stored(record["image"])
         except UNDECODABLE:
             continue
         truth = [classes[label] for label in record["labels"]]
@@ -154,29 +154,6 @@ def annotated(image, boxes, labels, names, masks=None, side=360):
         style |= {"font": font, "font_size": max(drawn.shape[1:]) // 25}
         drawn = draw_bounding_boxes(drawn, torch.from_numpy(boxes[good] * scale), names, **style)
     return drawn.permute(1, 2, 0).numpy()
-
-
-def save_contact_sheet(path, columns=12):
-    """The built-in data: a row a class, the first `columns` test images of each."""
-    rows = [[] for _ in CLASSES]
-    index = 0
-    while min(map(len, rows)) < columns:
-        image, labels, _ = draw_scene("test", index)
-        rows[labels[0]].append(image)
-        index += 1
-    side = len(image)
-    sheet = np.full((len(CLASSES) * (side + 2), columns * (side + 2), 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row[:columns]):
-            sheet[i * (side + 2) :, j * (side + 2) :][:side, :side] = image
-    figure, ax = plt.subplots(figsize=(8, 6))
-    ax.imshow(sheet)
-    ax.set_yticks([(i + 0.5) * (side + 2) for i in range(len(CLASSES))], CLASSES)
-    ax.set_xticks([])
-    for edge in ax.spines.values():
-        edge.set_visible(False)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def save_neighbours(path, queries, found):

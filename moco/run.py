@@ -1,170 +1,364 @@
-"""What every script does about its flags and its run folder: refuse what cannot work, resume what was begun, stop."""
+"""A run: its folder, log, checkpoints, resume and stop; and starting Accelerate for it."""
 
-import argparse
-import json
+import importlib.metadata
 import os
-import re
+import platform
 import signal
+import subprocess
 import sys
-import tempfile
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from tqdm import tqdm
 
-from moco.checkpoint import complete_checkpoints
+from moco.checkpoint import (
+    append_metrics,
+    check_equal_state,
+    complete_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+    trim_metrics,
+    write_json,
+)
+from moco.decode import check_undecodable, name_undecodable
 from moco.errors import UserError
 
-PATIENCE = timedelta(hours=3)  # with a process that downloads, retries the Hub or evaluates; else 10 minutes
-BACKBONE_HELP = (
-    "a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
-    " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'"
-)
+# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/stream.py);
+# downloads and evaluations take longer.
+STEP_PATIENCE, LONG_PATIENCE = timedelta(minutes=40), timedelta(hours=3)
 
 
-def flag_parser(usage, description):
-    """A parser that takes flags only in full, and reports a mistake in one line, as UserError."""
-    parser = argparse.ArgumentParser(
-        usage=f"%(prog)s {usage}",
-        description=description,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=120),
-        allow_abbrev=False,
-    )
+class Run:
+    """A run in its folder: where it stands, what it logs and saves, and when it stops.
 
-    def fail(message):
-        raise UserError(message)
+    run = Run(folder, accelerator, modules, optimizer, settings=vars(args), images=len(train_set), batch_size=256, ...)
+    batches = run.timed(loader)
+    for step in run.steps():
+        loss = ...                                  # one training step, whatever it is
+        run.record(failed, loss=loss)
+        if run.due(log_every):
+            run.log(run.averages() | {"lr": lr})
 
-    parser.error = fail
-    return parser
+    All processes create one and call its methods together.
 
-
-def given_flags(parser):
-    """The flags as given so far, for defaults to follow from; --help waits until these are set."""
-    return parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
-
-
-def parse_resumed(parser, output, free):
-    """The flags of the run in `output`, which those given now must equal but for the names in `free`.
-
-    Raises UserError where there is no run to go on with, or a flag differs.
+    modules: {name: module} to save and load; every process must hold equal ones. settings: the script's flags, for
+    args.json. images: how many there are to train on. steps_per_epoch: images // batch_size unless given.
+    order: what the order of images depends on besides the flags; if it differs, the run resumes at the start of its
+    epoch. backbone_sha256: of the weights a probe or detector starts from; if it differs, the run is not resumed.
+    finite: whether weights must be finite to be saved; otherwise the run stops as diverged.
     """
-    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
-        raise UserError(
-            f"--output {output} has no complete checkpoint in checkpoints/ to go on from; name the folder of a run,"
-            " or begin one without --resume and --evaluate"
-        )
-    saved = json.loads((output / "args.json").read_text())
-    if saved.get("script", parser.prog) != parser.prog:
-        raise UserError(f"--output {output} holds a run of {saved['script']}; name one of {parser.prog}")
-    begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
-    parser.set_defaults(**{name: saved[name] for name in begun})
-    args = parser.parse_args()
-    args.output = output
-    for name in sorted(begun - free):
-        value = getattr(args, name)
-        if value != saved[name]:
+
+    def __init__(
+        self, folder, accelerator, modules, optimizer, *, settings, images, batch_size, total_steps, checkpoint_every,
+        keep, steps_per_epoch=None, order=None, backbone_sha256=None, resume=False, evaluate=False, finite=True,
+    ):  # fmt: skip
+        self.folder, self.accelerator, self.modules, self.optimizer = folder, accelerator, modules, optimizer
+        self.settings, self.images, self.batch_size = settings, images, batch_size
+        self.steps_per_epoch = steps_per_epoch or images // batch_size
+        self.checkpoint_every, self.keep, self.finite = checkpoint_every, keep, finite
+        self.origin = {"images": images, "rows": order, "backbone_sha256": backbone_sha256}
+        self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
+        self.done = 0  # steps taken, including the current one
+        self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
+        self.pending = None  # the last step's values, on their way from the device
+        self.spent = {"step": 0.0, "data": 0.0}  # seconds since the last log line
+        self.undecodable, self.named = 0, set()  # images of this epoch; all names that were printed
+        self.stopping, self.bar = None, None  # the signal that stops the run; its progress bar
+        self.pool, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints
+        if resume or evaluate:
+            self.load(same_epoch=evaluate)
+        self.total_steps = self.done if evaluate else total_steps
+        accelerator.wait_for_everyone()  # nobody writes before everybody has read
+        if accelerator.is_main_process and resume:
+            trim_metrics(self.metrics, self.done)
+        elif accelerator.is_main_process and not evaluate:
+            write_json(folder / "args.json", settings | {"output": str(folder)} | provenance(accelerator.num_processes))
+            self.metrics.write_text("")
+        self.signals = catch_signals()
+
+    def load(self, same_epoch):
+        """Restore everything from the newest checkpoint."""
+        tensors, state = load_checkpoint(complete_checkpoints(self.checkpoints)[-1])
+        if state["images"] != self.images:
             raise UserError(
-                f"{as_flag(name, value)} cannot resume {output}, which has {as_flag(name, saved[name])};"
-                " leave the flag out, or start a new run with another --output"
+                f"--data {self.settings['data']} has {self.images} images to train on, {self.folder} was begun on"
+                f" {state['images']}"
             )
-    return args
+        if state.get("backbone_sha256") != self.origin["backbone_sha256"]:
+            raise UserError(
+                f"--backbone {self.settings['backbone']} has changed since {self.folder} was begun; start a new run"
+            )
+        for name, module in self.modules.items():
+            module.load_state_dict(tensors[name])
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.done, self.undecodable = state["step"], state["undecodable"]
+        # A checkpoint of an earlier version has no sums: its first log line averages the steps since the resume.
+        self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in state.get("sums", {}).items()}
+        self.summed = state.get("summed", 0)
+        position, note = self.done % self.steps_per_epoch, ""
+        if not same_epoch and (state.get("rows") or {}) != (self.origin["rows"] or {}) and position:
+            # The images of this epoch that were already used are not known.
+            self.done -= position
+            self.sums, self.summed, self.undecodable = {}, 0, 0
+            note = (
+                f"\n        not {state['step']}: files, processes, workers or window differ, so the epoch starts again"
+                " in a new order"
+            )
+        if self.accelerator.is_main_process:
+            print(f"{'evaluate' if same_epoch else 'resume  after'} step {self.done}{note}")
+
+    # ---- the loop
+
+    def steps(self):
+        """Yield the number of each remaining step, and save: at the start, when due, when a signal stops the run."""
+        if self.done < self.total_steps:
+            self.save()
+        silent = not self.accelerator.is_main_process or self.done == self.total_steps
+        self.bar = tqdm(total=self.total_steps, initial=self.done, unit="step", disable=silent)
+        torch.backends.cudnn.benchmark = True  # all batches of a loop have one size
+        set_patience(STEP_PATIENCE)
+        for step in range(self.done, self.total_steps):
+            self.done, self.started = step + 1, time.perf_counter()
+            yield step
+            self.bar.update()
+            if self.due(self.checkpoint_every) or self.stopping:
+                self.save()
+            if self.stopping:
+                self.finish(143, f"SIGTERM: stopped after step {self.done}, which is saved; continue with --resume")
+        torch.backends.cudnn.benchmark = False
+        set_patience(LONG_PATIENCE)
+        self.bar.close()
+        self.join_writer()
+        release_signals(self.signals)
+
+    def timed(self, loader):
+        """The batches of a loader, started when the first one is asked for. Waiting for them counts as data_seconds."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.spent["data"] += time.perf_counter() - asked
+            yield batch
+
+    def due(self, every):
+        """Whether to do what is done every so many steps and at the end."""
+        return self.done % every == 0 or self.done == self.total_steps
+
+    @contextmanager
+    def aside(self, what):
+        """Work beside the steps. The next log line has its seconds, as `what`_seconds."""
+        started = time.perf_counter()
+        benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # batches of many sizes
+        set_patience(LONG_PATIENCE)
+        yield
+        set_patience(STEP_PATIENCE)
+        torch.backends.cudnn.benchmark = benchmark
+        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - started
+
+    # ---- what a step leaves
+
+    def record(self, failed, **values):
+        """Hand in this step's numbers. They are read during the next step, so that the host never waits for the device.
+
+        failed: this process's undecodable images, [(name, reason)]. values: tensors with one number or several; one of
+        them is `loss`. The run stops if none of its numbers is finite on some process.
+        """
+        self.settle()
+        row = torch.cat([value.detach().flatten() for value in values.values()])
+        shared = torch.tensor([len(failed), max(self.signals, default=0)], dtype=row.dtype)
+        row = torch.cat([row, shared.to(row.device, non_blocking=True)])
+        rows = self.accelerator.gather(row[None]).to("cpu", non_blocking=True)  # a row a process
+        arrived = torch.cuda.Event() if row.is_cuda else None
+        if arrived:
+            arrived.record()
+        self.pending = (self.done, failed, {name: value.shape for name, value in values.items()}, rows, arrived)
+        self.spent["step"] += time.perf_counter() - self.started
+
+    def settle(self):
+        """Read the numbers that were recorded last, and stop the run if its loss is not finite."""
+        if self.pending is None:
+            return
+        (done, failed, shapes, rows, arrived), self.pending = self.pending, None
+        if arrived:
+            arrived.synchronize()
+        *columns, failures, signals = rows.double().split([*(shape.numel() for shape in shapes.values()), 1, 1], dim=1)
+        for (name, shape), column in zip(shapes.items(), columns, strict=True):
+            diverged = (~column.isfinite().any(dim=1)).nonzero().flatten().tolist() if name == "loss" else []
+            if diverged:
+                loss = column[diverged[0]][0].item()
+                self.stop_diverged(f"the loss is {loss} at step {done - 1} on process {diverged[0]}")
+            self.sums[name] = self.sums.get(name, 0) + column.mean(dim=0).view(shape)
+        self.summed += 1
+        self.stopping = int(signals.max()) or None
+        if int((done - 1) / self.steps_per_epoch) > int((done - 2) / self.steps_per_epoch):
+            self.undecodable = 0
+        if failures.any():
+            self.undecodable += name_undecodable(failed, self.named, self.accelerator)
+            check_undecodable(self.undecodable, self.images, self.settings["data"])
+
+    def check_decoded(self, failed, images, **instead):
+        """Name the undecodable of so many images in an evaluation, each once, and stop the run if they are too many."""
+        failures = name_undecodable(failed, self.named, self.accelerator, **instead)
+        check_undecodable(failures, images, self.settings["data"])
+
+    def averages(self):
+        """A line for the log: where the run stands, means over the steps since the last line, and their speed."""
+        self.settle()
+        line = {"step": self.done, "epoch": self.done / self.steps_per_epoch}
+        line |= {name: (total / self.summed).tolist() for name, total in self.sums.items()}
+        seconds = self.spent.pop("step")
+        line |= {
+            "undecodable": self.undecodable,  # in this epoch
+            "images_per_second": self.summed * self.batch_size / seconds,
+            "data_share": self.spent["data"] / seconds,
+        }
+        line |= {f"{what}_seconds": value for what, value in self.spent.items()}
+        self.sums, self.summed, self.spent = {}, 0, {"step": 0.0, "data": 0.0}
+        accuracy = f"accuracy {np.max(line['accuracy']):.1f} %, " if "accuracy" in line else ""
+        speed = line["images_per_second"]
+        self.bar.set_postfix_str(
+            f"loss {np.min(line['loss']):.2f}, {accuracy}{speed:.{0 if speed >= 100 else 1}f} images/s,"
+            f" {line['data_share']:.0%} waiting for data"
+        )
+        return line
+
+    def log(self, line):
+        """Append a line to metrics.jsonl, and send it to the tracker if there is one."""
+        if self.accelerator.is_main_process:
+            append_metrics(self.metrics, line)
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    # ---- checkpoints
+
+    def save(self):
+        """Save a checkpoint of this moment. Training goes on while it is hashed and written to disk."""
+        self.settle()
+        with self.aside("checkpoint"):
+            if not check_equal_state(self.modules, self.accelerator) and self.finite:
+                self.stop_diverged(f"weights are not finite after step {self.done}")
+            self.join_writer()
+            if self.accelerator.is_main_process:  # all processes hold equal weights, so one saves
+                tensors = {name: module.state_dict() for name, module in self.modules.items()}
+                tensors["optimizer"] = optimizer_tensors(self.optimizer)
+                tensors = {name: host_copy(values) for name, values in tensors.items()}
+                sums = {name: total.tolist() for name, total in self.sums.items()}
+                state = self.origin | {"sums": sums, "summed": self.summed, "undecodable": self.undecodable}
+                state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+                self.writing = self.pool.submit(save_checkpoint, self.checkpoints, self.done, tensors, state, self.keep)
+
+    def join_writer(self):
+        """Wait until the last checkpoint is on disk. Raises UserError if it could not be written."""
+        if self.writing is not None:
+            self.writing.result()
+        self.writing = None
+
+    # ---- the end
+
+    def stop_diverged(self, what):
+        """Stop every process. The checkpoint that is kept may already be diverging."""
+        self.join_writer()
+        kept = ", ".join(map(str, complete_checkpoints(self.checkpoints)[-1:])) or "nothing"
+        self.finish(1, f"{what}: the run diverged; start again with a lower --lr and another --output ({kept} is kept)")
+
+    def finish(self, code, message):
+        """Stop every process with this exit code; the main one says why."""
+        self.join_writer()
+        if self.bar is not None:
+            self.bar.close()  # so that the message has a line of its own
+        self.accelerator.wait_for_everyone()  # a launcher that sees one process end soon kills the others
+        if self.accelerator.is_main_process:
+            print(message, file=sys.stderr)
+        self.accelerator.end_training()
+        sys.exit(code)
 
 
-def default_output(backbone, data, name):
-    """RUN/name where the backbone is of a run folder, there publishing looks for results; else a folder in runs/."""
-    if (Path(backbone) / "args.json").exists():
-        return Path(backbone) / name
-    return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).resolve().name}"
+def host_copy(tensors):
+    """Copies of {key: tensor} in host memory that training does not touch."""
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
 
 
-def as_flag(name, value):
-    """A flag as it is given on the command line."""
-    return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-
-
-def check_limits(values, limits):
-    """Raise UserError at the first flag outside its limits.
-
-    values: {flag's name in Python: value}. limits: {name: (whether its value is good, the limit in words)}.
-    """
-    for name, (good, limit) in limits.items():
-        if not good:
-            raise UserError(f"{as_flag(name, values[name])} must be {limit}")
-
-
-def check_output(output, goes_on):
-    """Make the run folder. Raises UserError where it cannot be written, or holds a run and this one does not go on."""
+def provenance(processes):
+    """What made a run: script, versions, this repository's commit if there is one, and the number of processes."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error}); name another folder") from error
-    left = [file for file in ("backbone/model.safetensors", "results.json") if (output / file).exists()]
-    if not goes_on and (complete_checkpoints(output / "checkpoints") or left):
-        raise UserError(f"--output {output} holds another run; add --resume to go on with it, or name another folder")
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    names = ("torch", "torchvision", "accelerate", "datasets")
+    return {
+        "script": Path(sys.argv[0]).name,
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
+        "commit": commit,
+        "processes": processes,
+    }
 
 
-def nearest_multiples(value, unit):
-    """The multiples of `unit` next to a number that is none, as a remedy to name."""
-    below, above = value // unit * unit, (value // unit + 1) * unit
-    return f"{below} or {above}" if below else f"{above}"
+# ---- processes, devices, signals
 
 
-def start_accelerator(mixed_precision, **options):
+def start_accelerator(mixed_precision, prefer_bf16=False, **options):
     """The Accelerator of a script. Raises UserError for a device or a precision that cannot work.
 
-    Buffers are not sent before each forward pass: they are equal by construction, or averaged after it.
+    prefer_bf16: take bfloat16 if no precision is given and it is fast on this machine's device.
+    DDP does not broadcast buffers before each forward pass: they are equal by construction, or averaged after it.
     """
-    # The flag's successor is not in every torch that this runs on.
+    # Not every torch that this supports has the flag's successor.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # Accelerate's call
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONG_PATIENCE)]
+    if mixed_precision is None and prefer_bf16 and has_fast_bf16(PartialState().device.type):
+        mixed_precision = "bf16"
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    device = accelerator.device.type
+    if accelerator.mixed_precision == "fp16" and device == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda" and not fast_bf16():
-        raise UserError("--mixed-precision bf16 needs a GPU since Ampere; use fp16 or no")
-    if accelerator.device.type == "mps":
+    if accelerator.mixed_precision == "bf16" and device == "cuda" and not has_fast_bf16(device):
+        raise UserError("--mixed-precision bf16 needs an Ampere GPU or newer; use fp16 or no")
+    if device == "mps":
         raise UserError("Apple's GPUs have no float64, which is needed here; set ACCELERATE_USE_CPU=true")
-    alone = accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1
+    alone = device == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1
     if alone and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, which leaves it one thread
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
     return accelerator
 
 
-def fast_bf16():
-    """Whether bfloat16 makes this machine faster: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
-    if torch.cuda.is_available():
+def has_fast_bf16(device):
+    """Whether bfloat16 is fast on a device type: "cuda" since Ampere, "cpu" with AVX512-BF16 or AMX."""
+    if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def catch_sigterm():
-    """A list that grows with each SIGTERM from now on, in place of the process's end."""
-    came = []
-    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    return came
+def set_patience(timeout):
+    """How long collectives wait for other processes from now on."""
+    if torch.distributed.is_initialized():
+        set_timeout = getattr(torch.distributed, "set_timeout", None)  # older torch has it under a private name only
+        (set_timeout or torch.distributed.distributed_c10d._set_pg_timeout)(timeout)
 
 
-def release_sigterm(came):
-    """Let SIGTERM end the process again, after the last step, when all is saved; one that came since ends it now."""
+def catch_signals():
+    """A list that collects each SIGTERM from now on, instead of ending the process."""
+    caught = []
+    signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    return caught
+
+
+def release_signals(caught):
+    """Let SIGTERM end the process again, now that all is saved; one that came since the last step ends it now."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if came:
+    if caught:
         signal.raise_signal(signal.SIGTERM)
-
-
-def stop_diverged(accelerator, what, checkpoints):
-    """Stop every process where numbers are no longer finite. The checkpoint kept may be diverging already."""
-    kept = ", ".join(map(str, complete_checkpoints(checkpoints)[-1:])) or "nothing"
-    message = f"{what}: the run diverged; start anew with a lower --lr and another --output ({kept} is kept)"
-    finish(accelerator, 1, message)
-
-
-def finish(accelerator, code, message):
-    """Stop every process with this exit code, saying why once."""
-    if accelerator.is_main_process:
-        print(message, file=sys.stderr)
-    accelerator.end_training()
-    sys.exit(code)

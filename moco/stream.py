@@ -189,6 +189,49 @@ class ParquetImages:
                 return None
         return low, high
 
+    # ---- the methods that moco.data.IndexedImages has too
+
+    def training_rows(self, batch_size, seed, start, rank, world, workers, window):
+        """Endless ([(epoch, row), ...], row groups to read ahead), a batch of one process each; see `stream_rows`."""
+        return stream_rows(self.rows_in_group, batch_size, seed, start, rank, world, workers, window)
+
+    def order(self, world, workers, window):
+        """What else the order of the rows depends on."""
+        return {"files": self.fingerprint(), "processes": world, "workers": max(1, workers), "window": window}
+
+    def sample(self, n):
+        """A fixed sample of n rows, or all if there are fewer: those of random row groups."""
+        rows = []
+        for group in np.random.default_rng([*b"sample"]).permutation(len(self.rows_in_group)):
+            if len(rows) >= n:
+                break
+            rows += range(self.first_row[group], self.first_row[group + 1])
+        return rows[:n]
+
+    def split(self, rows, parts):
+        """A sequence of rows in contiguous parts, [(position of its first row, rows), ...]; some may be empty.
+
+        Cut between row groups, so that each is read for one part alone.
+        """
+        starts = np.flatnonzero(np.diff(self.groups_of(rows), prepend=-1, append=-2))
+        cuts = starts[np.searchsorted(starts, np.arange(parts + 1) * len(rows) // parts)].tolist()
+        return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
+
+    def hold_out(self, images, purpose, seed):
+        """(the rest, at least `images` rows): random row groups. Raises UserError if there are too few of them."""
+        order = np.random.default_rng([*purpose, seed]).permutation(len(self.groups))
+        count = int(np.searchsorted(self.rows_in_group[order].cumsum(), images)) + 1
+        if count >= len(order):
+            raise UserError(
+                f"the training data has {len(order)} row groups, too few to hold {images} of {len(self)} images out;"
+                " --no-streaming holds out single images"
+            )
+        return self.select_groups(order[count:]), self.select_groups(order[:count])
+
+    def row_groups(self, rows):
+        """The row groups of `rows`, each once, in order: what to `keep` while these rows are read."""
+        return list(dict.fromkeys(self.groups_of(rows).tolist()))
+
     def groups_of(self, rows):
         """The row group that each of `rows` is in."""
         return np.searchsorted(self.first_row, rows, "right") - 1

@@ -11,11 +11,11 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from moco.augment import (
+    AUGMENTATIONS,
     BRIGHTNESS,
     CONTRAST,
     HUE,
     MEAN,
-    RECIPES,
     SATURATION,
     STD,
     ViewAugment,
@@ -55,7 +55,7 @@ def slow_view(image, recipe, factors, order, gray, sigma, flip):
     return TF.normalize(x, MEAN, STD)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", AUGMENTATIONS)
 @pytest.mark.parametrize("size, n", [(32, 80), (224, 6), (448, 3)])
 def test_device_augmentation_equals_torchvision_per_sample(recipe, size, n):
     generator = torch.Generator().manual_seed(0)

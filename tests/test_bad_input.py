@@ -215,7 +215,7 @@ def refuse_probe(refuse):
     [
         ("", "--backbone is missing run folder"),
         ("--backbone random --arch resnet19", "--arch resnet19 resnet18"),
-        ("--backbone random --lr 30 -1", "--lr 30.0 -1.0 above 0"),
+        ("--backbone random --lr 30 -1", "--lr -1.0 above 0"),
         ("--backbone random --lr 3 3", "--lr 3.0 3.0 twice"),
         ("--backbone random --epochs 0", "--epochs 0 at least 1"),
         ("--backbone random --knn 0", "--knn 0 at least 1"),
@@ -260,7 +260,7 @@ def test_the_probe_goes_on_only_with_what_it_was_begun_on(refuse_probe, labelled
     assert "has no complete checkpoint" in refuse_probe("--backbone", "random", "--resume")
     assert "has no complete checkpoint" in refuse_probe("--backbone", "random", "--evaluate")
     line = refuse_probe("--resume", output=finished_run)
-    assert "holds a run of train_moco.py; name one of linear_probe.py" in line
+    assert "holds a run of train_moco.py; name the folder of a linear_probe.py run" in line
     weights = {name: value for name, value in build_encoder("resnet10").state_dict().items() if name[:3] != "fc."}
     save_file(weights, tmp_path / "w.safetensors")
     flags = ["--data", labelled, "--backbone", tmp_path / "w.safetensors"]

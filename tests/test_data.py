@@ -15,17 +15,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from moco.augment import crop_pair, random_crop_boxes
-from moco.batches import (
-    CenterCrops,
-    CropPairs,
-    batch_rows,
-    center_crop,
-    crop_generator,
-    decode_crops,
-    train_batches,
-    train_rows,
-)
-from moco.data import decode_image, has_labels, load_splits
+from moco.batches import CenterCrops, CropPairs, center_crop, crop_generator, train_batches
+from moco.data import IndexedImages, batch_rows, has_labels, load_splits
+from moco.decode import decode_crops, decode_image
 from moco.errors import UserError
 
 
@@ -133,7 +125,7 @@ def test_names_and_columns_that_are_not_there_are_refused(tmp_path):
 @pytest.mark.parametrize("labels, usable", [([0, 3], True), ([0, -1], False), (["a", "b"], False), (None, False)])
 def test_labels_are_whole_numbers_from_0_on(labels, usable):
     columns = {"image": [b"", b""]} | ({"label": labels} if labels else {})
-    assert has_labels(datasets.Dataset.from_dict(columns)) is usable
+    assert has_labels(IndexedImages(datasets.Dataset.from_dict(columns))) is usable
 
 
 # ---- one image
@@ -241,7 +233,7 @@ def test_crops_depend_on_seed_epoch_and_image():
 
 def test_workers_do_not_change_the_batches(images):
     def first(workers, start):
-        rows = train_rows(images, 4, 0, start, 0, 1, workers, window=800)
+        rows = images.training_rows(4, 0, start, 0, 1, workers, window=800)
         batches = train_batches(images, 16, 0, "v2", rows, workers)
         return [next(batches)[0] for _ in range(4)]
 

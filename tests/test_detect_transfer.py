@@ -111,7 +111,7 @@ def test_what_a_run_leaves(devkit, uninterrupted):
     assert results["metric"] == "VOC" and results["train_images"] == 24 and results["test_images"] == 5
     assert len(results["voc2007"]["per_class"]) == len(results["area"]["per_class"]) == 20
     assert results["AP50"] == results["voc2007"]["AP50"] == lines[-1]["AP50"]
-    backbone = load_backbone("random", "resnet10").state_dict()
+    backbone = load_backbone("random", "resnet10")[0].state_dict()
     assert results["backbone_sha256"] == detect_transfer.weights_digest(backbone)
     args = json.loads((uninterrupted / "args.json").read_text())
     assert args["years"] == ["2007", "2012"] and args["processes"] == 1 and args["versions"]["torch"]
@@ -143,7 +143,7 @@ def assert_card(card, results):
 
 
 def test_the_card_of_the_backbones_own_run_has_them_too(uninterrupted, tmp_path):
-    backbone = load_backbone("random", "resnet10")
+    backbone = load_backbone("random", "resnet10")[0]
     save_backbone(tmp_path / "run" / "backbone", backbone, "resnet10", 32, "moco_v2", {"arch": "resnet10"})
     shutil.copytree(uninterrupted, tmp_path / "run" / "detection")
     card = (prepare_folder(tmp_path / "run", "user/name") / "README.md").read_text()
@@ -169,7 +169,7 @@ def test_frozen_one_process_with_accumulation_takes_the_steps_of_two(devkit, tmp
     (tensors, _), (others, _) = final_state(tmp_path / "one"), final_state(tmp_path / "two")
     for name, value in tensors["detector"].items():
         torch.testing.assert_close(value, others["detector"][name], rtol=0, atol=1e-4)
-    start = load_backbone("random", "resnet10")
+    start = load_backbone("random", "resnet10")[0]
     frozen = [name for name in start.state_dict() if "running" in name]
     for name in frozen:
         name, value = name.replace("layer4", "roi_heads.box_head.0"), start.state_dict()[name]
@@ -285,7 +285,7 @@ def refuse(monkeypatch, capsys, tmp_path):
     [
         ("--batch-size 5", "--batch-size 5 divisible --micro-batch 4 6"),
         ("--micro-batch 0", "--micro-batch 0 at least 1"),
-        ("--image-size 16 48", "--image-size 16 48 at least 32"),
+        ("--image-size 16 48", "--image-size 16 at least 32"),
         ("--anchor-sizes 0", "--anchor-sizes 0 at least 1"),
         ("--roi-batch 2", "--roi-batch 2 at least 4"),
         ("--iterations 0", "--iterations 0 at least 1"),
@@ -322,7 +322,7 @@ def test_a_backbone_that_is_no_resnet(refuse, devkit, tmp_path):
     save_file({"patch_embed.proj.weight": torch.zeros(3, 3)}, tmp_path / "vit.safetensors")
     assert "holds no ResNet" in refuse("--data", devkit, "--backbone", tmp_path / "vit.safetensors")
     assert "neither a folder or file" in refuse("--data", devkit, "--backbone", "nothing.here")
-    weights = load_backbone("random", "resnet10").state_dict()
+    weights = load_backbone("random", "resnet10")[0].state_dict()
     weights.pop("layer4.0.conv2.weight")
     save_file(weights, tmp_path / "part.safetensors")
     assert "missing layer4.0.conv2.weight" in refuse("--data", devkit, "--backbone", tmp_path / "part.safetensors")

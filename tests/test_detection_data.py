@@ -207,7 +207,7 @@ def test_an_image_that_cannot_be_decoded(devkit):
     assert [name for name, _ in undecodable] == ["2012_trainval_000001", "2012_trainval_000002"]  # each once
     for path in (devkit / "VOC2012" / "JPEGImages").iterdir():
         path.write_bytes(b"damaged")
-    with pytest.raises(UserError, match="none of the 4 training images can be decoded"):
+    with pytest.raises(UserError, match="none of the 4 images can be decoded"):
         DetectionImages(data.train, [48], 1333, seed=0)[[(0, 1)]]
 
 

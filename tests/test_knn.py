@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from moco.augment import normalize, to_float
 from moco.backbone import load_backbone
-from moco.batches import center_crop, sample_rows
-from moco.data import decode_image, load_splits
+from moco.batches import center_crop
+from moco.data import IndexedImages, load_splits
+from moco.decode import decode_image
 from moco.encoder import build_encoder
 from moco.knn import extract_features, knn_evaluate, knn_monitor, knn_predict
 
@@ -68,7 +69,7 @@ def test_chunks_do_not_change_the_scores(monkeypatch):
 
 def test_features_are_the_pooled_ones_in_the_order_of_the_rows():
     train_set, _ = load_splits("shapes")
-    backbone = load_backbone("random", "resnet10").eval()
+    backbone = load_backbone("random", "resnet10")[0].eval()
     rows = [5, 3, 300, 5]
     features, labels, undecodable = extract_features(backbone, train_set, rows, 32, 0, Accelerator(cpu=True))
     assert features.shape == (4, 512) and features[0].equal(features[3]) and not undecodable
@@ -79,13 +80,13 @@ def test_features_are_the_pooled_ones_in_the_order_of_the_rows():
 
 def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     train_set, _ = load_splits("shapes")
-    few = train_set.select(range(100))
+    few = IndexedImages(train_set.dataset.select(range(100)))
     encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
     accuracy, undecodable, images = knn_monitor(encoder, few, None, 32, 0, accelerator)
     assert images == 100 and not undecodable
     assert encoder.training and isinstance(encoder.fc, torch.nn.Sequential)  # as it was
     encoder.eval().fc = torch.nn.Identity()
-    sample = sample_rows(few, 100)
+    sample = few.sample(100)
     features, labels, _ = extract_features(encoder, few, sample, 32, 0, accelerator)
     predicted = knn_predict(features[:20], features[20:], labels[20:], 10).argmax(dim=1)
     assert accuracy == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())

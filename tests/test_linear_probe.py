@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
 
-from linear_probe import LinearClassifiers, build_optimizer, count_correct, train_step
+from linear_probe import LinearClassifiers, build_optimizer, count_correct, probe_step
 from moco.checkpoint import complete_checkpoints
-from moco.data import count_classes, hold_out, load_splits
+from moco.data import count_classes, load_splits
 from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
 from moco.schedule import learning_rate
@@ -52,10 +52,12 @@ def test_golden_linear_probe(golden, dtype, precision):
         labels = data[f"step{step}.labels"]
         with torch.no_grad():
             features = encoder(data[f"step{step}.images"].to(dtype) / 32)
-        logits, losses = train_step(classifiers, optimizer, features, labels, Accelerator(cpu=True))
+            logits = classifiers(features)
+        losses, accuracies = probe_step(classifiers, optimizer, features, labels, Accelerator(cpu=True))
         close(logits[0], f"step{step}.logits", 1e-3)
         close(losses, f"step{step}.loss", 1e-5 * max(1, losses.item()))
         percent = 100 * count_correct(logits, labels)[0].double() / len(labels)
+        assert accuracies.item() == pytest.approx(percent[0].item())
         assert percent.tolist() == pytest.approx([data[f"{precision}.step{step}.acc{k}"].item() for k in (1, 5)])
         close(classifiers.heads[0].weight.detach(), f"step{step}.fc.weight", 1e-4)
         close(classifiers.heads[0].bias.detach(), f"step{step}.fc.bias", 1e-4)
@@ -84,7 +86,7 @@ def test_side_by_side_each_classifier_is_what_it_is_alone():
     optimizer = build_optimizer(together, [30.0, 0.5], 0.9, 0)
     sgd = torch.optim.SGD(alone.parameters(), 0.5, momentum=0.9)
     for x, y in zip(features, labels):
-        train_step(together, optimizer, x, y, Accelerator(cpu=True))
+        probe_step(together, optimizer, x, y, Accelerator(cpu=True))
         F.cross_entropy(alone(x), y).backward()
         sgd.step()
         sgd.zero_grad()
@@ -159,7 +161,7 @@ def test_classes_of_a_stream_are_told_without_reading_it(tmp_path):
         with pytest.raises(UserError, match=message):
             count_classes(split, None, "D")
     with pytest.raises(UserError, match="1 row groups, too few to hold 1 of 2 images out; --no-streaming"):
-        hold_out(stream([0, 1], named), 1, b"validation", 0)
+        stream([0, 1], named).hold_out(1, b"validation", 0)
 
 
 @pytest.mark.slow
@@ -222,16 +224,17 @@ def test_more_than_five_percent_undecodable_is_an_error_wherever_images_are_read
     for path in files[1::2]:
         path.write_bytes(b"damaged")
     flags = ["--data", tmp_path / "damaged", "--output", tmp_path / "run", *SMALL.split(), "--cached-features"]
-    for again in ([], ["--resume"]):
-        done = run_script("linear_probe.py", *flags, *again)
+    for _ in range(2):
+        begun = ["--resume"] if complete_checkpoints(tmp_path / "run" / "checkpoints") else []
+        done = run_script("linear_probe.py", *flags, *begun)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert f"{len(files) // 2} of {len(files)} images of --data {tmp_path / 'damaged'}" in done.stderr
 
 
 def test_a_sigterm_after_the_last_step_ends_the_process():
     """Everything is saved by then; to go on with an evaluation that may take hours would ignore it."""
-    code = "import signal; from moco.run import *; came = catch_sigterm(); signal.raise_signal(signal.SIGTERM);"
-    done = run_script("-c", f"{code} print(len(came), flush=True); release_sigterm(came); print('went on')")
+    code = "import signal; from moco.run import *; came = catch_signals(); signal.raise_signal(signal.SIGTERM);"
+    done = run_script("-c", f"{code} print(len(came), flush=True); release_signals(came); print('went on')")
     assert done.stdout == "1\n" and done.returncode == -signal.SIGTERM
-    done = run_script("-c", "from moco.run import *; release_sigterm(catch_sigterm()); print('went on')")
+    done = run_script("-c", "from moco.run import *; release_signals(catch_signals()); print('went on')")
     assert done.stdout == "went on\n" and done.returncode == 0

@@ -74,7 +74,7 @@ def test_what_was_pushed_loads_back_in_every_library(run, hub, monkeypatch):
     push_backbone(run, "user/first")
     weights = load_file(run / "backbone" / "model.safetensors")
     for source in ("user/first", "hf-hub:user/first"):
-        backbone = load_backbone(source).eval()
+        backbone = load_backbone(source)[0].eval()
         assert all(value.equal(weights[key]) for key, value in backbone.state_dict().items())
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.data import decode_image, load_splits
+from moco.data import load_splits
+from moco.decode import decode_image
 from moco.knn import knn_predict
 from moco.shapes import CLASSES, SPLITS, draw_pattern, draw_scene, encode_jpeg
 

@@ -13,7 +13,7 @@ from conftest import run_script, write_parquet
 from hub import COMMIT, serving
 
 from moco.backbone import load_backbone
-from moco.batches import ordered_rows, sample_rows, split_rows, train_batches, train_rows
+from moco.batches import ordered_rows, train_batches
 from moco.checkpoint import read_metrics
 from moco.data import load_splits
 from moco.errors import UserError
@@ -97,14 +97,14 @@ def test_a_stream_holds_the_rows_of_the_files(folder):
         assert train_set[row]["image"]["bytes"] == encode_jpeg(image) and train_set[row]["label"] == labels[0]
     train_set.keep([2, 3])
     assert train_set[26]["image"]["bytes"] == encode_jpeg(draw_scene("train", 26)[0])
-    sample = sample_rows(train_set, 12)
-    assert len(set(sample)) == 12 and sample == sample_rows(train_set, 12)
+    sample = train_set.sample(12)
+    assert len(set(sample)) == 12 and sample == train_set.sample(12)
 
 
 def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(folder):
     def pixels(start, workers):
         images, _ = load_splits(str(folder))
-        rows = train_rows(images, 8, 0, start, 0, 1, workers, 20)
+        rows = images.training_rows(8, 0, start, 0, 1, workers, 20)
         batches = train_batches(images, 16, 0, "v2", rows, workers)
         return [next(batches)[0] for _ in range(start, 12)]
 
@@ -118,7 +118,7 @@ def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(f
     images, _ = load_splits(str(folder))
     for rows in (range(75), [30, 31, 32, 5, 6, 70], []):
         found, readers = {}, {}
-        for rank, (low, mine) in enumerate(split_rows(images, rows, world)):
+        for rank, (low, mine) in enumerate(images.split(rows, world)):
             for i, (first, batch, groups) in enumerate(ordered_rows(images, mine, 4, workers)):
                 found |= {low + first + j: row for j, row in enumerate(batch)}
                 assert set(images.groups_of(batch).tolist()) <= set(groups)
@@ -132,7 +132,7 @@ def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(f
 def test_features_of_a_stream_are_those_of_the_files_downloaded(folder, workers):
     images, _ = load_splits(str(folder))
     plain, _ = load_splits(str(folder), streaming=False)
-    backbone, rows = load_backbone("random", "resnet10").eval(), [30, 31, 32, 5, 6, 70, 71]
+    backbone, rows = load_backbone("random", "resnet10")[0].eval(), [30, 31, 32, 5, 6, 70, 71]
     features, labels, _ = extract_features(backbone, images, rows, 32, workers, Accelerator(cpu=True))
     expected, expected_labels, _ = extract_features(backbone, plain, rows, 32, 0, Accelerator(cpu=True))
     torch.testing.assert_close(features, expected)
@@ -241,7 +241,7 @@ def test_evaluation_asks_for_each_row_group_once(hub, folder, monkeypatch):
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     images = ParquetImages(paths, read_footers(paths), "image", "label")
     hub.requests.clear()
-    extract_features(load_backbone("random", "resnet10").eval(), images, range(75), 32, 2, Accelerator(cpu=True))
+    extract_features(load_backbone("random", "resnet10")[0].eval(), images, range(75), 32, 2, Accelerator(cpu=True))
     asked = [(path, span) for method, path, span in hub.requests if "/resolve/" in path]
     assert len(asked) == len(set(asked)) == 9
 

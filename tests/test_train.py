@@ -8,27 +8,26 @@ import json
 import random
 import shutil
 import signal
-import sys
 
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TIMES, assert_same_run, final_state, metrics_of, run_script, start_script, wait_for_step
+from conftest import assert_same_run, final_state, is_time, metrics_of, run_script, start_script, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-import train_moco
 from moco.augment import ViewAugment, sample_params
-from moco.batches import train_batches, train_rows
+from moco.batches import train_batches
 from moco.checkpoint import read_metrics
 from moco.data import load_splits
 from moco.encoder import build_encoder
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.shuffle import shuffle_order
 
+SPENT = ("data", "checkpoint", "knn", "picture")
 SMALL = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1".split()
 
 
@@ -65,7 +64,7 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
     queue = F.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1).T  # CxK
     optimizer = torch.optim.SGD(f_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
     images = load_splits(str(folder))[0]
-    rows = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    rows = images.training_rows(16, 0, start=0, rank=0, world=1, workers=0, window=800)
     batches = train_batches(images, 32, 0, "v2", rows, workers=0)
     for step in range(4):
         x_q, x_k = ViewAugment("v2")(next(batches)[0], sample_params("v2", 16, 0, step))
@@ -120,7 +119,7 @@ def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_pat
     f = build_encoder("resnet10", dim=16, head="mlp")
     optimizer = torch.optim.SGD(f.parameters(), lr=0.3 * 16 / 256, momentum=0.9, weight_decay=1e-6)
     images = load_splits(str(folder))[0]
-    rows = train_rows(images, 16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    rows = images.training_rows(16, 0, start=0, rank=0, world=1, workers=0, window=800)
     batches = train_batches(images, 32, 0, "simclr", rows, workers=0)
     for step, line in enumerate(logged):
         views = ViewAugment("simclr")(next(batches)[0], sample_params("simclr", 16, 0, step))
@@ -256,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder
     )
     assert done.returncode == 1
     step = int(done.stderr.split("the loss is nan at step ")[1].split()[0])
-    assert "on process 0: the run diverged; start anew with a lower --lr" in done.stderr
+    assert "on process 0: the run diverged; start again with a lower --lr" in done.stderr
     assert "Traceback" not in done.stderr
     tensors, state = final_state(output)
     assert state["step"] <= step and all(torch.isfinite(v).all() for v in tensors["query_encoder"].values())
@@ -295,7 +294,9 @@ def test_the_run_folder_holds_the_flags_the_log_and_the_pictures(uninterrupted):
         assert min(Image.open(uninterrupted / name).size) > 300
     lines = read_metrics(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, *range(2, 21, 2)]
-    assert {"step", "epoch", "loss", "accuracy", "lr", "undecodable"} | TIMES <= set(lines[1])
+    assert {"step", "epoch", "loss", "accuracy", "lr", "undecodable"} == {key for key in lines[1] if not is_time(key)}
+    times = {key for line in lines for key in line if is_time(key)}
+    assert times == {"images_per_second", "data_share"} | {f"{what}_seconds" for what in SPENT}
     assert [line["step"] for line in lines if "knn" in line] == [0, 8, 16, 20]
 
 
@@ -321,49 +322,6 @@ def test_more_than_five_percent_undecodable_is_an_error(tmp_path):
     flags = ["--batch-size", 8, "--bn-batch", 4, "--epochs", 2, "--workers", 0]
     done = run_script("train_moco.py", "--data", tmp_path / "flat", "--output", tmp_path / "run", *SMALL, *flags)
     assert done.returncode == 2 and "of 16 images" in done.stderr and "Traceback" not in done.stderr
-
-
-# ---- flags
-
-
-@pytest.mark.parametrize(
-    "recipe, head, augment, temperature, schedule",
-    [
-        ("v1", "fc", "v1", 0.07, "step"),
-        ("v1-mlp", "mlp", "v1", 0.2, "step"),
-        ("v1-aug", "fc", "v2", 0.07, "step"),
-        ("v1-mlp-aug", "mlp", "v2", 0.2, "step"),
-        ("v2", "mlp", "v2", 0.2, "cosine"),
-        ("simclr", "mlp", "simclr", 0.1, "warmup-cosine"),
-    ],
-)
-def test_recipes_are_the_rows_of_the_papers(monkeypatch, recipe, head, augment, temperature, schedule):
-    monkeypatch.setattr(sys, "argv", ["train_moco.py", "--recipe", recipe])
-    args = train_moco.parse_args()
-    assert (args.head, args.augment, args.temperature, args.schedule) == (head, augment, temperature, schedule)
-    assert (args.arch, args.data, args.epochs, args.batch_size) == ("resnet50", "ILSVRC/imagenet-1k", 200, 256)
-    assert (args.queue_size, args.encoder_momentum, args.dim) == (65536, 0.999, 128)
-    assert (args.sgd_momentum, args.image_size) == (0.9, 224)
-    rest = (args.optimizer, args.lr, args.weight_decay, args.bn_batch)
-    assert rest == (("lars", 0.3, 1e-6, 256) if recipe == "simclr" else ("sgd", 0.03, 1e-4, 32))
-
-
-def test_a_recipe_that_is_added_is_what_it_says(monkeypatch):
-    mine = train_moco.RECIPES["simclr"] | {"augment": "v2"}
-    monkeypatch.setattr(train_moco, "RECIPES", train_moco.RECIPES | {"mine": mine})
-    monkeypatch.setattr(sys, "argv", ["train_moco.py", "--recipe", "mine"])
-    args = train_moco.parse_args()
-    assert args.end_to_end and (args.augment, args.optimizer, args.bn_batch) == ("v2", "lars", 256)
-
-
-def test_a_flag_given_wins_over_the_recipe_and_the_built_in_datas_settings(monkeypatch):
-    monkeypatch.setattr(sys, "argv", "train_moco.py --data shapes --recipe v1 --head mlp --lr 0.5".split())
-    args = train_moco.parse_args()
-    assert (args.head, args.lr, args.temperature) == ("mlp", 0.5, 0.07)
-    assert args.arch == train_moco.SHAPES["arch"]
-    monkeypatch.setattr(sys, "argv", "train_moco.py --data shapes --recipe simclr --batch-size 64".split())
-    args = train_moco.parse_args()
-    assert (args.lr, args.bn_batch, args.image_size) == (0.3 * 64 / 256, 64, 32)
 
 
 def test_state_that_differs_between_processes_is_found():

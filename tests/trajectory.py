@@ -1,4 +1,4 @@
-"""A few steps of MoCo on stored inputs, as train_moco.py takes them; test_golden.py compares every number.
+"""A few steps of MoCo on stored inputs, by the step of train_moco.py; test_golden.py compares every number.
 
 Run as a script it is one of two gloo processes:
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/trajectory.py GOLDEN_FOLDER NAME DTYPE OUTPUT_FOLDER
@@ -7,20 +7,19 @@ Run as a script it is one of two gloo processes:
 import copy
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+import train_moco
 from moco.contrast import KeyQueue, contrastive_logits
-from moco.encoder import build_encoder, momentum_update
-from moco.shuffle import encode_keys
+from moco.encoder import build_encoder
 
 
 def tiny_resnet(width, layers, dim, mlp):
@@ -73,7 +72,7 @@ def initial_encoder(description, inputs):
 
 
 def run_trajectory(golden, name, dtype, bn_batch, accelerator):
-    """Steps of Algorithm 1 on this process's rows; returns a dict of tensors named as the golden files name them.
+    """`moco_step` on this process's rows; returns a dict of tensors named as the golden files name them.
 
     bn_batch: images in a BatchNorm group; several groups a process make what the reference needs several GPUs for.
     """
@@ -87,32 +86,32 @@ def run_trajectory(golden, name, dtype, bn_batch, accelerator):
         query_encoder.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"]
     )
     names = [name for name, _ in query_encoder.named_parameters()]
+    outputs, logits = {}, []
+
+    def keep_gradients(sgd, *_):
+        for name, parameter in zip(names, query_encoder.parameters()):
+            outputs.setdefault(f"step0.grad.{name}", parameter.grad.clone())
+
+    def keep_logits(*arguments):
+        logits.append(contrastive_logits(*arguments))
+        return logits[-1]
+
+    optimizer.register_step_pre_hook(keep_gradients)
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
     bare_query_encoder = accelerator.unwrap_model(query_encoder)
 
     n, rank = config["batch"] // accelerator.num_processes, accelerator.process_index
     mine = slice(rank * n, (rank + 1) * n)
-    outputs = {}
     for step in range(config["steps"]):
-        query_images, key_images = (inputs[f"step{step}.im_{x}"][mine].to(dtype) / 32 for x in "qk")
-        momentum_update(query_encoder, key_encoder, config["m"])
-        order = inputs[f"step{step}.idx_shuffle"]
-        all_keys = encode_keys(key_encoder, key_images, order, bn_batch, accelerator)
-        groups = list(zip(query_images.split(bn_batch), all_keys[mine].split(bn_batch), strict=True))
-        step_logits = []
-        for i, (images, positives) in enumerate(groups):
-            with accelerator.no_sync(query_encoder) if i < len(groups) - 1 else nullcontext():
-                q = F.normalize(query_encoder(images), dim=1)
-                logits = contrastive_logits(q, positives, queue.keys, config["T"])
-                loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
-                accelerator.backward(loss / len(groups))
-            step_logits.append(logits.detach())
-        if step == 0:
-            outputs |= {f"step0.grad.{name}": p.grad.clone() for name, p in zip(names, query_encoder.parameters())}
-        optimizer.step()
-        optimizer.zero_grad()
-        queue.enqueue(all_keys)
-        outputs[f"step{step}.logits"] = torch.cat(step_logits)
+        views = [inputs[f"step{step}.im_{x}"][mine].to(dtype) / 32 for x in "qk"]
+        with patch.object(train_moco, "contrastive_logits", keep_logits):
+            loss, accuracy = train_moco.moco_step(
+                query_encoder, key_encoder, queue, optimizer, views, inputs[f"step{step}.idx_shuffle"], accelerator,
+                temperature=config["T"], encoder_momentum=config["m"], bn_batch=bn_batch,
+            )  # fmt: skip
+        outputs |= {f"step{step}.loss": loss[None], f"step{step}.acc1": accuracy[None]}
+        outputs[f"step{step}.logits"] = torch.cat(logits).detach()
+        logits.clear()
         outputs[f"step{step}.queue"] = queue.keys.T.clone().contiguous()
         outputs[f"step{step}.queue_ptr"] = queue.cursor.clone()[None]
         for which, encoder in (("q", bare_query_encoder), ("k", key_encoder)):

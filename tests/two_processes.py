@@ -19,7 +19,7 @@ from moco.shapes import draw_scene, encode_jpeg
 def seen(accelerator):
     """Detections of five images, and PreciseBN over eight batches, as this process has them in the end."""
     torch.manual_seed(0)
-    detector = build_detector(load_backbone("random", "resnet10"), 10, anchor_sizes=(32,), roi_batch=4)
+    detector = build_detector(load_backbone("random", "resnet10")[0], 10, anchor_sizes=(32,), roi_batch=4)
     detector.roi_heads.box_predictor.cls_score.weight.data *= 200  # scores that differ from each other
     records = []
     for index in range(5):  # an uneven number, and one that no process can decode

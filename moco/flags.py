@@ -1,0 +1,144 @@
+"""Command-line flags: limits stand beside each flag, mistakes are one line, and a resumed run remembers its flags."""
+
+import argparse
+import json
+import math
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from moco.checkpoint import complete_checkpoints
+from moco.errors import UserError
+
+BACKBONE_HELP = (
+    "a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
+    " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'"
+)
+
+
+# ---- types for argparse: numbers within limits
+
+
+def limited(kind, is_valid, limit):
+    """An argparse type: a number of `kind` (int or float) that passes `is_valid`; `limit` describes the valid range."""
+
+    def number(text):
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{value} must be {limit}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse says "invalid int value" when `kind` itself fails
+    return number
+
+
+def at_least(low):
+    """An argparse type for integers of at least `low`."""
+    return limited(int, lambda value: value >= low, f"at least {low}" if low else "0 or more")
+
+
+positive = limited(float, lambda value: 0 < value < math.inf, "above 0")
+not_negative = limited(float, lambda value: 0 <= value < math.inf, "0 or more")
+below_one = limited(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+seed = limited(int, lambda value: 0 <= value < 2**63, "at least 0 and below 2^63")
+
+
+# ---- parsing
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows each flag's default in brackets, unless its help already has brackets or there is no default."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=120)
+
+    def _get_help_string(self, action):
+        is_switch = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help if is_switch or "[" in action.help else f"{action.help} [%(default)s]"
+
+
+def flag_parser(usage, description):
+    """A parser that accepts only full flag names and raises mistakes as a one-line UserError."""
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s {usage}", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+
+    def fail(message):
+        if message.startswith("argument "):  # "argument --keep: 0 must be ..." -> "--keep 0 must be ..."
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
+        raise UserError(message)
+
+    parser.error = fail
+    return parser
+
+
+def given_flags(parser):
+    """The flags as given so far, for defaults that depend on them; --help is left for the final parse."""
+    return parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
+
+
+def parse_resumed(parser, output, free):
+    """The flags of the run in folder `output`. Flags given now must agree with them, except for the names in `free`.
+
+    Raises UserError if there is no run to continue, or a flag differs.
+    """
+    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
+        raise UserError(
+            f"--output {output} has no complete checkpoint in checkpoints/ to continue from; name the folder of a run,"
+            " or start a new run without --resume and --evaluate"
+        )
+    saved = json.loads((output / "args.json").read_text())
+    if saved.get("script", parser.prog) != parser.prog:
+        raise UserError(f"--output {output} holds a run of {saved['script']}; name the folder of a {parser.prog} run")
+    begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
+    parser.set_defaults(**{name: saved[name] for name in begun})
+    args = parser.parse_args()
+    args.output = output
+    for name in sorted(begun - free):
+        value = getattr(args, name)
+        if value != saved[name]:
+            raise UserError(
+                f"{as_flag(name, value)} cannot resume {output}, which has {as_flag(name, saved[name])};"
+                " leave the flag out, or start a new run with another --output"
+            )
+    return args
+
+
+def as_flag(name, value):
+    """A flag as it is typed on the command line."""
+    return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+# ---- rules that several scripts share
+
+
+def default_output(backbone, data, name):
+    """RUN/name if the backbone comes from a run folder, where publishing looks for results; else a folder in runs/."""
+    if (Path(backbone) / "args.json").exists():
+        return Path(backbone) / name
+    return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).resolve().name}"
+
+
+def check_output(output, continues):
+    """Create the run folder. Raises UserError if it is not writable, or holds a run that this one does not continue."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written ({error}); name another folder") from error
+    left = [file for file in ("backbone/model.safetensors", "results.json") if (output / file).exists()]
+    if not continues and (complete_checkpoints(output / "checkpoints") or left):
+        raise UserError(f"--output {output} holds another run; add --resume to continue it, or name another folder")
+
+
+def check_batch(batch_size, processes, part_flag, part):
+    """Raise UserError unless the batch divides into parts of --part-flag `part` images on each process."""
+    unit = processes * part
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+        divisor = f"{processes} processes" + (f" x {part_flag} {part}" if part_flag else "")
+        raise UserError(
+            f"--batch-size {batch_size} is not divisible by {divisor}; use --batch-size"
+            f" {f'{below} or {above}' if below else above}" + (f", or another {part_flag}" if part_flag else "")
+        )

@@ -1,0 +1,193 @@
+"""Run by itself, around a step of one weight; whole scripts are in test_train.py. pytest tests/test_run.py"""
+
+import json
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import metrics_of
+from torch import nn
+
+from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics, write_json
+from moco.errors import UserError
+from moco.run import Run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Make a run of ten steps, five an epoch, in tmp_path; its module has one weight, the number of steps taken."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def make(**options):
+        module = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(module.weight)
+        optimizer = torch.optim.SGD(module.parameters(), 1.0, momentum=0.9)
+        settings = {"data": "numbers", "backbone": "none"}
+        options = {"images": 40, "batch_size": 8, "total_steps": 10, "checkpoint_every": 4, "keep": 9} | options
+        return Run(tmp_path, Accelerator(cpu=True), {"module": module}, optimizer, settings=settings, **options)
+
+    yield make
+    signal.signal(signal.SIGTERM, before)
+
+
+def take_step(run, loss=1.0):
+    with torch.no_grad():
+        run.modules["module"].weight += 1
+    run.record([], loss=torch.tensor(loss), accuracy=torch.tensor(50.0))
+
+
+def weight_in(checkpoint):
+    return load_checkpoint(checkpoint)[0]["module"]["weight"].item()
+
+
+def test_a_run_logs_means_and_saves_at_the_start_when_due_and_at_the_end(start, tmp_path):
+    run = start()
+    for step in run.steps():
+        take_step(run, loss=float(step))
+        if run.due(5):
+            run.log(run.averages())
+    assert [line["loss"] for line in metrics_of(tmp_path)] == [2.0, 7.0]
+    assert [line["epoch"] for line in metrics_of(tmp_path)] == [1.0, 2.0]
+    saved = complete_checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in saved] == ["step_0", "step_4", "step_8", "step_10"]
+    assert [weight_in(path) for path in saved] == [0, 4, 8, 10]
+
+
+def test_a_checkpoint_holds_the_weights_of_its_moment(start, tmp_path):
+    """Training goes on while it is written."""
+    run = start()
+    run.save()
+    with torch.no_grad():
+        run.modules["module"].weight.fill_(7)
+    run.join_writer()
+    assert weight_in(tmp_path / "checkpoints" / "step_0") == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next(start, tmp_path):
+    run = start()
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match="step_0 cannot be written"):
+        for _ in run.steps():
+            take_step(run)
+    assert run.done == 4
+
+
+def test_numbers_are_read_a_step_later(start):
+    """Until then they may still be on their way from the device."""
+    run = start()
+    steps = run.steps()
+    next(steps)
+    take_step(run, loss=3.0)
+    assert run.summed == 0
+    next(steps)
+    take_step(run, loss=5.0)
+    assert run.summed == 1 and run.sums["loss"] == 3
+    assert run.averages()["loss"] == 4
+
+
+@pytest.mark.parametrize("at", [2, 3, 9])
+def test_a_loss_that_is_not_finite_stops_the_run_a_step_later_at_most(start, tmp_path, capsys, at):
+    run = start()
+    with pytest.raises(SystemExit) as stopped:
+        for step in run.steps():
+            take_step(run, loss=float("nan") if step == at else 1.0)
+    assert stopped.value.code == 1 and run.done <= at + 2
+    kept = complete_checkpoints(tmp_path / "checkpoints")[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"the loss is nan at step {at} on process 0: the run diverged") and str(kept) in line
+    assert weight_in(kept) <= at  # of no step after the loss
+
+
+def test_weights_that_are_not_finite_are_not_saved(start, tmp_path, capsys):
+    run = start()
+    with pytest.raises(SystemExit):
+        for step in run.steps():
+            take_step(run)
+            if step == 6:
+                with torch.no_grad():
+                    run.modules["module"].weight.fill_(torch.inf)
+    assert "weights are not finite after step 8" in capsys.readouterr().err
+    assert complete_checkpoints(tmp_path / "checkpoints")[-1].name == "step_4"
+
+
+def test_a_signal_stops_after_a_saved_step(start, tmp_path, capsys):
+    run = start()
+    with pytest.raises(SystemExit) as stopped:
+        for step in run.steps():
+            if step == 5:
+                signal.raise_signal(signal.SIGTERM)
+            take_step(run)
+    assert stopped.value.code == 143 and f"stopped after step {run.done}" in capsys.readouterr().err
+    assert weight_in(tmp_path / "checkpoints" / f"step_{run.done}") == run.done <= 7
+
+
+def test_time_beside_the_steps_is_logged(start, tmp_path):
+    run = start()
+    for _ in run.steps():
+        take_step(run)
+        if run.due(5):
+            line = run.averages()
+            with run.aside("knn"):
+                torch.ones(1)
+            run.log(line)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["checkpoint_seconds"] > 0 and "knn_seconds" not in first and second["knn_seconds"] > 0
+
+
+def test_resume_continues_and_evaluate_leaves_the_log_alone(start, tmp_path, capsys):
+    run = start(total_steps=4)
+    for _ in run.steps():
+        take_step(run)
+    resumed = start(resume=True)
+    assert resumed.done == 4 and resumed.modules["module"].weight.item() == 4
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    evaluated = start(evaluate=True)
+    assert list(evaluated.steps()) == [] and evaluated.total_steps == 4
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+    assert capsys.readouterr().out.splitlines() == ["resume  after step 4", "evaluate step 4"]
+
+
+def test_other_data_or_another_backbone_is_refused(start):
+    for _ in start(total_steps=4, backbone_sha256="a").steps():
+        pass
+    with pytest.raises(UserError, match="numbers has 41 images to train on, .* was begun on 40"):
+        start(resume=True, images=41, backbone_sha256="a")
+    with pytest.raises(UserError, match="--backbone none has changed"):
+        start(resume=True, backbone_sha256="b")
+
+
+def test_another_order_resumes_at_the_start_of_the_epoch(start, capsys):
+    run = start(total_steps=7, order={"workers": 1})
+    for _ in run.steps():
+        take_step(run)
+    assert start(resume=True, order={"workers": 1}).done == 7
+    assert start(resume=True, order={"workers": 2}).done == 5
+    assert "not 7: files, processes, workers or window differ" in capsys.readouterr().out
+
+
+def test_a_run_begun_before_sums_were_saved_is_resumed(start, tmp_path):
+    """As commit 062b35c wrote them: totals in place of sums, no backbone where there is none, {} for no order."""
+    run = start(total_steps=4)
+    for _ in run.steps():
+        take_step(run)
+    path = tmp_path / "checkpoints" / "step_4" / "state.json"
+    state = json.loads(path.read_text())
+    for name in ("sums", "summed", "backbone_sha256"):
+        del state[name]
+    write_json(path, state | {"totals": {"steps": 4, "loss": 4.0, "correct": 16.0}, "rows": {}})
+    run = start(resume=True)
+    for _ in run.steps():
+        take_step(run)
+        if run.due(5):
+            run.log(run.averages())
+    assert [line["loss"] for line in metrics_of(tmp_path)] == [1.0, 1.0]
+
+
+def test_undecodable_images_are_counted_by_epoch(start, tmp_path):
+    run = start(images=400, batch_size=80)
+    for step in run.steps():
+        run.record([(f"{step}.jpg", "damaged")] if step in (1, 2, 6) else [], loss=torch.tensor(1.0))
+        if run.due(5):
+            run.log(run.averages())
+    assert [line["undecodable"] for line in metrics_of(tmp_path)] == [2, 1]
