@@ -162,7 +162,7 @@ def save_contact_sheet(path, columns=12):
     for i, row in enumerate(rows):
         for j, image in enumerate(row[:columns]):
             sheet[i * (side + 2) :, j * (side + 2) :][:side, :side] = image
-    figure, ax = plt.subplots(figsize=(8, 6))
+    figure, ax = plt.subplots(figsize=(8, 11))
     ax.imshow(sheet)
     ax.set_yticks([(i + 0.5) * (side + 2) for i in range(len(CLASSES))], CLASSES)
     ax.set_xticks([])

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 
 from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 from moco.errors import one_line_errors
-from moco.shapes import draw_scene, encode_jpeg
+from moco.shapes import CLASSES, draw_scene, encode_jpeg
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -78,7 +78,7 @@ def wait_for_step(process, output, step):
 def write_parquet(path, split, numbers, rows):
     """A parquet file of the built-in images `numbers` of a split, with their classes, in row groups of `rows`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=len(CLASSES)))
     scenes = [draw_scene(split, number) for number in numbers]
     images = [{"bytes": encode_jpeg(image), "path": f"{number}.jpg"} for number, (image, _, _) in zip(numbers, scenes)]
     labels = [int(labels[0]) for _, labels, _ in scenes]

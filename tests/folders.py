@@ -5,14 +5,14 @@ import json
 import datasets
 
 from moco.detection import VOC_CLASSES
-from moco.shapes import draw_scene, encode_jpeg
+from moco.shapes import CLASSES, draw_scene, encode_jpeg
 
 SIZE = 64
 HEIGHT = 48  # of every second image, so that there are two kinds
 
 
 def scenes(split, count):
-    """(JPEG, height, boxes, labels below 10) of each scene; boxes are cut to the image."""
+    """(JPEG, height, boxes, labels below 20) of each scene; boxes are cut to the image."""
     for index in range(count):
         image, labels, boxes = draw_scene(split, index, SIZE, 1 + index % 3)
         height = SIZE if index % 2 else HEIGHT
@@ -47,7 +47,7 @@ def write_coco(folder, split, count):
     content = {
         "images": [],
         "annotations": [],
-        "categories": [{"id": 3 * i, "name": f"class {i}"} for i in range(1, 11)],
+        "categories": [{"id": 3 * i, "name": f"class {i}"} for i in range(1, len(CLASSES) + 1)],
     }
     for index, (image, height, boxes, labels) in enumerate(scenes("train", count)):
         name = f"{index:012}.jpg"
@@ -75,7 +75,7 @@ def write_coco(folder, split, count):
 def write_hub(folder, box_format="xywh", sized=True):
     """What save_to_disk writes of a dataset with the columns image and objects."""
     box = datasets.Sequence(datasets.Value("float32"), 4)
-    names = [f"class {i}" for i in range(10)]
+    names = [f"class {i}" for i in range(len(CLASSES))]
     features = {"image": datasets.Image(), "objects": {"bbox": [box], "category": [datasets.ClassLabel(names=names)]}}
     features |= {"width": datasets.Value("int64"), "height": datasets.Value("int64")} if sized else {}
     splits = {}

@@ -174,7 +174,7 @@ def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path
     flags = ["--lr", 1, 3, "--knn", 1, 5, "--epochs", 2, "--shuffle-window", 20, "--checkpoint-every", 2, "--keep", 9]
     checkpoints = tmp_path / "run" / "checkpoints"
     whole = probe(parquet, tmp_path / "run", *flags)
-    assert whole["classes"] == 10 and whole["validation_images"] == 13
+    assert whole["classes"] == 20 and whole["validation_images"] == 13
     assert whole["train_images"] + whole["held_out_images"] == 75 and 7 <= whole["held_out_images"] <= 15
     assert whole["steps"] == 6
     weights = (checkpoints / "step_6" / "classifiers.safetensors").read_bytes()
