@@ -15,75 +15,23 @@ import hashlib
 import io
 import itertools
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import unquote
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-from moco.errors import UserError, first_line
+from moco.cache import read_ranges
+from moco.errors import UserError
+from moco.hub import Traffic, read_range
 
 READERS = 4  # row groups a worker reads at a time
 FOOTER_READERS = 16  # footers a process reads at a time
 FOOTER_BYTES = 2**16  # guess of a footer's size; a second request fetches the rest of a larger one
-TIMEOUT = 20  # seconds without a byte after which a connection is given up and tried again
-RETRIES, LONGEST_WAIT = 30, 64  # waits of 1, 2, 4 ... 64, 64 seconds: about 25 minutes in all
-RETRIED = (408, 425, 429, *range(500, 600))  # everything but refusals
 
 
-# ---- bytes
-
-
-def hub_file(path):
-    """The parts of hf://datasets/REPO@REVISION/FILE as (repository, revision, file)."""
-    return tuple(map(unquote, re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", path).groups()))
-
-
-def read_range(path, start, end):
-    """Bytes [start, end) of a file on disk or on the Hub, and the size of the file; start < 0 counts from its end.
-
-    Faults of the network and the server are tried again, RETRIES times. Raises UserError for a refusal (not logged in,
-    terms not accepted, gone) and when the last try fails.
-    """
-    try:
-        if not path.startswith("hf://"):
-            with open(path, "rb") as file:
-                size = file.seek(0, io.SEEK_END)
-                start, end = (max(0, size + start), size) if start < 0 else (start, end)
-                file.seek(start)
-                data = file.read(end - start)
-        else:
-            repository, revision, name = hub_file(path)
-            url = huggingface_hub.hf_hub_url(repository, name, repo_type="dataset", revision=revision)
-            wanted = f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}"
-            response = http_backoff(
-                "GET", url, headers=build_hf_headers() | {"Range": wanted, "Accept-Encoding": "identity"},
-                timeout=TIMEOUT, follow_redirects=True, max_retries=RETRIES, max_wait_time=LONGEST_WAIT,
-                retry_on_status_codes=RETRIED,
-            )  # fmt: skip
-            hf_raise_for_status(response)
-            data = response.content
-            start, end, size = map(
-                int, re.match(r"bytes (\d+)-(\d+)/(\d+)", response.headers["Content-Range"]).groups()
-            )
-            end += 1
-    except (huggingface_hub.errors.GatedRepoError, huggingface_hub.errors.RepositoryNotFoundError) as error:
-        raise UserError(
-            f"{path} is refused ({first_line(error)}); accept the dataset's terms on its page, then `hf auth login`",
-            alone=True,
-        ) from error
-    except Exception as error:  # the HTTP client's own exceptions differ between versions of huggingface_hub
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}); once it can, go on with --resume", alone=True
-        ) from error
-    if len(data) != end - start:
-        raise UserError(f"{path} ends before byte {end}; it changed or is damaged", alone=True)
-    return data, size
+# ---- files
 
 
 class Pieces(io.RawIOBase):
@@ -115,21 +63,21 @@ class Pieces(io.RawIOBase):
         return b""
 
 
-def read_footer(path):
+def read_footer(path, traffic=None):
     """Metadata of a parquet file: its row groups, columns and where their bytes are."""
-    tail, size = read_range(path, -FOOTER_BYTES, None)
+    tail, size = read_range(path, -FOOTER_BYTES, None, traffic)
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] != b"PAR1" or length > size:
         raise UserError(f"{path} is no parquet file")
     if length > len(tail):
-        tail, _ = read_range(path, size - length, size)
+        tail, _ = read_range(path, size - length, size, traffic)
     return pq.read_metadata(Pieces({size - len(tail): tail}, size))
 
 
-def read_footers(paths):
+def read_footers(paths, traffic=None):
     """Metadata of parquet files, FOOTER_READERS at a time."""
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        return list(pool.map(read_footer, paths))
+        return list(pool.map(read_footer, paths, itertools.repeat(traffic)))
 
 
 # ---- rows
@@ -139,12 +87,13 @@ class ParquetImages:
     """Parquet files as a sequence of {"image": {"bytes", "path"}, "label"}, read by row group when asked for.
 
     paths: on disk or hf://. footers: what `read_footers` gave. image_column, label_column (or None): their names.
+    cache: a RowGroupCache, or None. traffic: counts what is read.
     Its rows are cheap to ask for in an order that stays within few row groups: the last one read is kept, and those
     that `keep` names are read ahead and kept.
     """
 
-    def __init__(self, paths, footers, image_column, label_column):
-        self.paths, self.footers = paths, footers
+    def __init__(self, paths, footers, image_column, label_column, cache=None, traffic=None):
+        self.paths, self.footers, self.cache, self.traffic = paths, footers, cache, traffic or Traffic()
         self.columns = [image_column] + ([label_column] if label_column else [])
         self.column_names = ["image"] + (["label"] if label_column else [])
         features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
@@ -262,19 +211,29 @@ class ParquetImages:
     def read_group(self, group):
         """One row group's columns as a table, by one request where their bytes lie together."""
         file, index = self.groups[group]
+        ranges = self.ranges(group)
+        name = "-".join([f"{index:05}", *self.columns])
+        pieces = read_ranges(self.paths[file], name, ranges, self.cache, self.traffic)
+        source = Pieces(pieces, max(end for _, end in ranges))
+        parquet = pq.ParquetFile(source, metadata=self.footers[file], pre_buffer=False)
+        return parquet.read_row_group(index, columns=self.columns, use_threads=False)
+
+    def ranges(self, group):
+        """[(start, end), ...] in bytes of what is read of a row group; columns that lie together are one."""
+        file, index = self.groups[group]
         chunks = [self.footers[file].row_group(index).column(i) for i in range(self.footers[file].num_columns)]
         prefixes = tuple(f"{column}." for column in self.columns)  # of image.bytes, label ...
         wanted = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(prefixes)]
         ranges = []
         for start, end in sorted(map(chunk_range, wanted)):
             if ranges and ranges[-1][1] == start:
-                ranges[-1][1] = end
-            else:
-                ranges.append([start, end])
-        pieces = {start: read_range(self.paths[file], start, end)[0] for start, end in ranges}
-        source = Pieces(pieces, max(end for _, end in ranges))
-        parquet = pq.ParquetFile(source, metadata=self.footers[file], pre_buffer=False)
-        return parquet.read_row_group(index, columns=self.columns, use_threads=False)
+                start = ranges.pop()[0]
+            ranges.append((start, end))
+        return ranges
+
+    def epoch_bytes(self):
+        """Bytes of all row groups, each read once."""
+        return sum(end - start for group in range(len(self.groups)) for start, end in self.ranges(group))
 
 
 def chunk_range(chunk):

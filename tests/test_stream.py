@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import run_script, write_parquet
-from hub import COMMIT, serving
+from hub import COMMIT, TOKEN, serving
 
 from moco.backbone import load_backbone
 from moco.batches import ordered_rows, train_batches
@@ -209,41 +209,44 @@ def assert_same_rows(hub, folder, faults):
     local, _ = load_splits(str(folder))
     assert images.fingerprint() == local.fingerprint()
     assert [images[row] for row in range(75)] == [local[row] for row in range(75)]
-    assert not hub.faults and len(hub.file_requests()) == 3 + 9 + len([fault for fault in faults if fault])
+    failed = len([fault for fault in faults if fault])
+    assert not hub.faults and len(hub.reads) == 3 + 9 + failed and len(hub.resolves()) == 3 + failed
+    assert not hub.leaked
 
 
 @pytest.mark.parametrize(
-    "faults", [[], [500], [None, 503, 429], ["503 Retry-After"], ["reset"], [None, "truncate", 502]]
-)
+    "faults",
+    [[], [500], [None, 503, 429], ["503 Retry-After"], ["reset"], [None, "truncate", 502], [403, None, 403, 403],
+     ["other range", None, "whole"]],
+)  # fmt: skip
 def test_faults_of_the_server_change_nothing(hub, folder, monkeypatch, faults):
-    """One request a footer and a row group, and one more a fault."""
-    hub.here(monkeypatch)
+    """One read a footer and a row group, one resolve a file, and one more of each for a fault."""
+    hub.here(monkeypatch, TOKEN)
     assert_same_rows(hub, folder, faults)
 
 
 def test_a_connection_that_stalls_is_given_up_and_tried_again(hub, folder, monkeypatch):
     hub.here(monkeypatch)
-    monkeypatch.setattr("moco.stream.TIMEOUT", 0.5)
+    monkeypatch.setattr("moco.hub.TIMEOUT", 0.5)
     assert_same_rows(hub, folder, ["stall", None, "stall"])
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_is_not_tried_again_and_says_what_to_do(hub, monkeypatch, status):
     hub.here(monkeypatch)
-    hub.faults = [status]
+    hub.refusals = [status]
     with pytest.raises(UserError, match="accept the dataset's terms.*hf auth login"):
         read_footer("hf://datasets/some/one@abc/train-0-of-3.parquet")
-    assert len(hub.file_requests()) == 1
+    assert len(hub.resolves()) == 1 and not hub.reads
 
 
 def test_evaluation_asks_for_each_row_group_once(hub, folder, monkeypatch):
     hub.here(monkeypatch)
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     images = ParquetImages(paths, read_footers(paths), "image", "label")
-    hub.requests.clear()
+    hub.reads.clear()
     extract_features(load_backbone("random", "resnet10")[0].eval(), images, range(75), 32, 2, Accelerator(cpu=True))
-    asked = [(path, span) for method, path, span in hub.requests if "/resolve/" in path]
-    assert len(asked) == len(set(asked)) == 9
+    assert len(hub.reads) == len(set(hub.reads)) == 9 and len(hub.resolves()) == 3
 
 
 RUN = [*"--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1".split()]
@@ -259,17 +262,17 @@ def run_of(hub, data, output, *flags, processes=1):
 
 def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, folder, tmp_path):
     local = run_of(hub, folder, tmp_path / "local")
-    hub.faults = [503, None, "reset", None, None, 429, "truncate", None, "503 Retry-After", None, 500]
+    hub.faults = [503, None, "reset", None, None, 429, "truncate", None, "503 Retry-After", None, 403]
+    hub.refusals = [503, None, 500]
     remote = run_of(hub, "some/one", tmp_path / "remote", "--revision", "v1.0")
     assert local.returncode == remote.returncode == 0, remote.stderr
-    assert not hub.faults
+    assert not hub.faults and not hub.refusals
     kept = ("step", "loss", "accuracy", "knn", "undecodable")
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("local", "remote")]
     metrics = [[{key: line.get(key) for key in kept} for line in run] for run in lines]
     assert metrics[0] == metrics[1] and len(metrics[0]) == 5
     assert ("GET", "/api/datasets/some/one/revision/v1.0", None) in hub.requests
-    revisions = {path.split("/")[5] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
-    assert revisions == {COMMIT}
+    assert {path.split("/")[5] for path in hub.resolves() if path.endswith(".parquet")} == {COMMIT}
 
 
 def test_a_gated_dataset_is_refused_in_one_line(hub, tmp_path):
