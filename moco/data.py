@@ -1,6 +1,8 @@
 """A data name becomes rows of encoded images: the built-in shapes, a folder of images, or a dataset on the Hub."""
 
 import itertools
+import os
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -9,8 +11,10 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from moco.cache import RowGroupCache
 from moco.errors import UserError, first_line
 from moco.folder import TEST, TRAIN, folder_splits
+from moco.hub import RESOLVES, WINDOW, Traffic, is_remote
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers
 
@@ -18,13 +22,15 @@ from moco.stream import ParquetImages, read_footers
 
 
 class IndexedImages:
-    """A Hugging Face dataset as a sequence of {"image": {"bytes", "path"}, "label"}, of which any row is cheap to read.
+    """A sequence of {"image": {"bytes", "path"}, "label"} of which any row is cheap to read.
 
-    It has the methods of `moco.stream.ParquetImages`, so that nothing else needs to know which of the two it reads.
+    dataset: a Hugging Face dataset. It has the methods of `moco.stream.ParquetImages`, so
+    that nothing else needs to know which of the two it reads. traffic: counts what is read, or None.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, traffic=None):
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
+        self.traffic = traffic
 
     def __len__(self):
         return len(self.dataset)
@@ -57,7 +63,8 @@ class IndexedImages:
     def hold_out(self, images, purpose, seed):
         """(the rest, `images` random rows). purpose: bytes that tell this choice from others."""
         order = np.random.default_rng([*purpose, seed]).permutation(len(self))
-        return tuple(IndexedImages(self.dataset.select(np.sort(rows))) for rows in (order[images:], order[:images]))
+        parts = (np.sort(order[images:]), np.sort(order[:images]))
+        return tuple(IndexedImages(self.dataset.select(rows), self.traffic) for rows in parts)
 
     def row_groups(self, rows):
         """Nothing to read ahead."""
@@ -85,19 +92,25 @@ def batch_rows(images, batch_size, seed, start, rank, world):
 # ---- a name -> datasets with the columns "image" (not decoded) and, where there are labels, "label"
 
 
-def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True):
+def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True, cache=None, cache_gb=None):
     """The images that `name` stands for, as (train, test) sequences of rows; test is None if there is no such split.
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
     USER/NAME on the Hub. revision: of a Hub name, None for main. streaming: read parquet files by row group where they
     are (ParquetImages). Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets`
-    is downloaded or converted once a machine, and kept on disk.
+    is downloaded or converted once a machine, and kept on disk. cache: a folder for row groups that are streamed from
+    the Hub, of at most cache_gb GB (None: see RowGroupCache), or None.
     All processes call it together. Raises UserError for a name, folder or column that does not exist.
     """
+    if cache_gb and not cache:
+        raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
     if name != "shapes" and (name == "" or not Path(name).is_dir()):
         check_hub_name(name)
+    read_parquet = partial(
+        parquet_splits, name, image_column=image_column, label_column=label_column, cache=cache, cache_gb=cache_gb
+    )  # fmt: skip
     try:
-        splits = find_splits(name, image_column, label_column, revision, streaming)
+        splits = find_splits(name, revision, streaming, read_parquet)
     except datasets.exceptions.DatasetNotFoundError as error:
         if revision is not None and "evision" in str(error):
             raise UserError(f"--revision {revision} is not in {name}: {first_line(error)}") from error
@@ -109,6 +122,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--data {name} cannot be read as images: {first_line(error)}") from error
+    if cache and getattr(splits[0], "cache", None) is None and PartialState().is_main_process:
+        print(f"cache   not used, as {name} is not streamed from the Hub")
     return tuple(
         IndexedImages(select_columns(split, name, image_column, label_column))
         if isinstance(split, datasets.Dataset)
@@ -117,8 +132,11 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     )
 
 
-def find_splits(name, image_column, label_column, revision, streaming):
-    """(train, test): each a Hugging Face dataset, ParquetImages, or None."""
+def find_splits(name, revision, streaming, read_parquet):
+    """(train, test): each a Hugging Face dataset, ParquetImages, IndexedImages, or None.
+
+    read_parquet: makes the splits of {split: parquet files}.
+    """
     folder = Path(name)
     if name == "shapes":
         with PartialState().local_main_process_first():  # drawn once a machine
@@ -129,10 +147,9 @@ def find_splits(name, image_column, label_column, revision, streaming):
         splits = found
     else:
         builder = datasets.load_dataset_builder(name, revision=revision)
-        files = builder.config.data_files or {}
-        paths = [str(path) for split in files.values() for path in split]
-        if streaming and paths and all(path.endswith(".parquet") for path in paths):
-            return parquet_splits(name, files, image_column, label_column)
+        files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
+        if streaming and files and all(path.endswith(".parquet") for path in itertools.chain(*files.values())):
+            return read_parquet(files)
         if streaming and not folder.is_dir() and PartialState().is_main_process:
             print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
         with PartialState().local_main_process_first():
@@ -151,24 +168,54 @@ def train_and_test(splits):
     return splits[train], splits.get(test)
 
 
-def parquet_splits(name, files, image_column, label_column):
-    """(train, test) read by row group. The main process reads the footers, in parallel, and tells the others."""
+def parquet_splits(name, files, image_column, label_column, cache, cache_gb):
+    """(train, test) of {split: parquet files}, read by row group where they are.
+
+    The main process reads the footers, in parallel, and tells the others.
+    """
     told = [None]
     if PartialState().is_main_process:
-        told = [[paths and (list(paths), read_footers(paths)) for paths in train_and_test(files)]]
-    splits = []
-    for split in broadcast_object_list(told)[0]:
-        if split is not None:
-            paths, footers = split
-            features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
-            columns = choose_columns(features, name, image_column, label_column)
-            kind = features[columns[0]]
-            fields = set(kind) if isinstance(kind, dict) else set()
-            if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
-                raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
-            split = ParquetImages(paths, footers, *columns)
-        splits.append(split)
+        told = [train_and_test(files)]
+    chosen = broadcast_object_list(told)[0]
+    remote, traffic = is_remote(chosen[0][0]), Traffic()
+    if PartialState().is_main_process:
+        told = [[paths and read_footers(paths, traffic) for paths in chosen]]
+    cache = RowGroupCache(cache, cache_gb) if cache and remote else None
+    splits = [
+        paths
+        and ParquetImages(paths, footers, *image_and_label(footers, name, image_column, label_column), cache, traffic)
+        for paths, footers in zip(chosen, broadcast_object_list(told)[0])
+    ]
+    if remote and PartialState().is_main_process:
+        print_costs(*splits, cache)
     return tuple(splits)
+
+
+def image_and_label(footers, name, image_column, label_column):
+    """The columns of images and labels of parquet files. Raises UserError where the one of images holds none."""
+    features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
+    columns = choose_columns(features, name, image_column, label_column)
+    kind = features[columns[0]]
+    fields = set(kind) if isinstance(kind, dict) else set()
+    if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
+        raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
+    return columns
+
+
+def print_costs(train, test, cache):
+    """What an epoch of a stream will ask of the Hub, and what is kept of it."""
+    machines = PartialState().num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+    asked, size = len(train.paths) * machines, train.epoch_bytes()
+    wait = (-(-asked // RESOLVES) - 1) * WINDOW // 60
+    late = f", {RESOLVES} in {WINDOW // 60} minutes for a free account, so the last are read {wait} minutes late"
+    print(
+        f"stream  {len(train.paths)} files, {len(train.groups)} row groups, {size / 1e9:.1f} GB an epoch;"
+        f" the Hub resolves {asked} addresses an hour" + (late if asked > RESOLVES else "")
+    )
+    if cache is None:
+        print("cache   off: every epoch reads everything again; --cache FOLDER keeps it")
+    else:
+        print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
 
 
 def check_hub_name(name):

@@ -32,8 +32,9 @@ from moco.checkpoint import (
 )
 from moco.decode import check_undecodable, name_undecodable
 from moco.errors import UserError
+from moco.hub import traffic_line
 
-# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/stream.py);
+# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/hub.py);
 # downloads and evaluations take longer.
 STEP_PATIENCE, LONG_PATIENCE = timedelta(minutes=40), timedelta(hours=3)
 
@@ -55,12 +56,14 @@ class Run:
     args.json. images: how many there are to train on. steps_per_epoch: images // batch_size unless given.
     order: what the order of images depends on besides the flags; if it differs, the run resumes at the start of its
     epoch. backbone_sha256: of the weights a probe or detector starts from; if it differs, the run is not resumed.
-    finite: whether weights must be finite to be saved; otherwise the run stops as diverged.
+    finite: whether weights must be finite to be saved; otherwise the run stops as diverged. traffic: of `moco.hub`,
+    counts what this process and its data workers read, to be logged; None where nothing does.
     """
 
     def __init__(
         self, folder, accelerator, modules, optimizer, *, settings, images, batch_size, total_steps, checkpoint_every,
         keep, steps_per_epoch=None, order=None, backbone_sha256=None, resume=False, evaluate=False, finite=True,
+        traffic=None,
     ):  # fmt: skip
         self.folder, self.accelerator, self.modules, self.optimizer = folder, accelerator, modules, optimizer
         self.settings, self.images, self.batch_size = settings, images, batch_size
@@ -72,6 +75,7 @@ class Run:
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
         self.pending = None  # the last step's values, on their way from the device
         self.spent = {"step": 0.0, "data": 0.0}  # seconds since the last log line
+        self.traffic, self.counted, self.read = traffic, 0, 0  # what was read: counted so far, and since the last line
         self.undecodable, self.named = 0, set()  # images of this epoch; all names that were printed
         self.stopping, self.bar = None, None  # the signal that stops the run; its progress bar
         self.pool, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints
@@ -177,7 +181,9 @@ class Run:
         """
         self.settle()
         row = torch.cat([value.detach().flatten() for value in values.values()])
-        shared = torch.tensor([len(failed), max(self.signals, default=0)], dtype=row.dtype)
+        traffic = torch.tensor(self.traffic.totals() if self.traffic else [], dtype=torch.double)
+        shared = [torch.tensor([len(failed), max(self.signals, default=0)]), traffic - self.counted]
+        self.counted, shared = traffic, torch.cat(shared).to(row.dtype)
         row = torch.cat([row, shared.to(row.device, non_blocking=True)])
         rows = self.accelerator.gather(row[None]).to("cpu", non_blocking=True)  # a row a process
         arrived = torch.cuda.Event() if row.is_cuda else None
@@ -193,14 +199,15 @@ class Run:
         (done, failed, shapes, rows, arrived), self.pending = self.pending, None
         if arrived:
             arrived.synchronize()
-        *columns, failures, signals = rows.double().split([*(shape.numel() for shape in shapes.values()), 1, 1], dim=1)
+        sizes = [shape.numel() for shape in shapes.values()]
+        *columns, failures, signals, read = rows.double().tensor_split(np.cumsum([*sizes, 1, 1]).tolist(), dim=1)
         for (name, shape), column in zip(shapes.items(), columns, strict=True):
             diverged = (~column.isfinite().any(dim=1)).nonzero().flatten().tolist() if name == "loss" else []
             if diverged:
                 loss = column[diverged[0]][0].item()
                 self.stop_diverged(f"the loss is {loss} at step {done - 1} on process {diverged[0]}")
             self.sums[name] = self.sums.get(name, 0) + column.mean(dim=0).view(shape)
-        self.summed += 1
+        self.summed, self.read = self.summed + 1, self.read + read.sum(dim=0)  # of all processes
         self.stopping = int(signals.max()) or None
         if int((done - 1) / self.steps_per_epoch) > int((done - 2) / self.steps_per_epoch):
             self.undecodable = 0
@@ -225,12 +232,15 @@ class Run:
             "data_share": self.spent["data"] / seconds,
         }
         line |= {f"{what}_seconds": value for what, value in self.spent.items()}
-        self.sums, self.summed, self.spent = {}, 0, {"step": 0.0, "data": 0.0}
+        elapsed = seconds + sum(self.spent.values()) - self.spent["data"]  # waits for data are within steps
+        read, rates = traffic_line(self.read.tolist(), elapsed) if self.traffic else ({}, "")
+        line |= read
+        self.sums, self.summed, self.read, self.spent = {}, 0, 0, {"step": 0.0, "data": 0.0}
         accuracy = f"accuracy {np.max(line['accuracy']):.1f} %, " if "accuracy" in line else ""
         speed = line["images_per_second"]
         self.bar.set_postfix_str(
             f"loss {np.min(line['loss']):.2f}, {accuracy}{speed:.{0 if speed >= 100 else 1}f} images/s,"
-            f" {line['data_share']:.0%} waiting for data"
+            f" {line['data_share']:.0%} waiting for data{rates}"
         )
         return line
 
