@@ -250,7 +250,7 @@ def parse_args():
     add("--image-column", metavar="NAME", help="column of images, if the data has several")
     add("--label-column", metavar="NAME", help="column of labels, if the data has several")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
-    add("--no-streaming", action="store_true", help="download parquet files instead of streaming them")
+    add("--no-streaming", action="store_true", help="download parquet files, and shuffle over all rows")
     add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")

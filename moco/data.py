@@ -1,6 +1,8 @@
 """A data name becomes rows of encoded images: the built-in shapes, a folder of images, or a dataset on the Hub."""
 
+import hashlib
 import itertools
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from moco.cache import RowGroupCache
+from moco.checkpoint import write_json
 from moco.errors import UserError, first_line
 from moco.folder import TEST, TRAIN, folder_splits
-from moco.hub import RESOLVES, WINDOW, Traffic, is_remote
+from moco.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
+from moco.pages import ParquetRows
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers
 
@@ -24,7 +28,7 @@ from moco.stream import ParquetImages, read_footers
 class IndexedImages:
     """A sequence of {"image": {"bytes", "path"}, "label"} of which any row is cheap to read.
 
-    dataset: a Hugging Face dataset. It has the methods of `moco.stream.ParquetImages`, so
+    dataset: a Hugging Face dataset, or `moco.pages.ParquetRows`. It has the methods of `moco.stream.ParquetImages`, so
     that nothing else needs to know which of the two it reads. traffic: counts what is read, or None.
     """
 
@@ -97,20 +101,23 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
     USER/NAME on the Hub. revision: of a Hub name, None for main. streaming: read parquet files by row group where they
-    are (ParquetImages). Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets`
-    is downloaded or converted once a machine, and kept on disk. cache: a folder for row groups that are streamed from
-    the Hub, of at most cache_gb GB (None: see RowGroupCache), or None.
+    are (ParquetImages); otherwise those of the Hub are downloaded, and their rows read one by one. cache: a folder for
+    row groups that are streamed from the Hub, of at most cache_gb GB (None: see RowGroupCache), or None.
+    Everything else becomes IndexedImages, too; what is neither in image files nor in parquet nor saved by `datasets` is
+    converted once a machine, and kept on disk.
     All processes call it together. Raises UserError for a name, folder or column that does not exist.
     """
     if cache_gb and not cache:
         raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
+    online = True
     if name != "shapes" and (name == "" or not Path(name).is_dir()):
-        check_hub_name(name)
+        online = check_hub_name(name, None if streaming else downloaded_files(name, revision))
     read_parquet = partial(
-        parquet_splits, name, image_column=image_column, label_column=label_column, cache=cache, cache_gb=cache_gb
+        parquet_splits, name, image_column=image_column, label_column=label_column, revision=revision,
+        streaming=streaming, cache=cache, cache_gb=cache_gb,
     )  # fmt: skip
     try:
-        splits = find_splits(name, revision, streaming, read_parquet)
+        splits = find_splits(name, revision, streaming, online, read_parquet)
     except datasets.exceptions.DatasetNotFoundError as error:
         if revision is not None and "evision" in str(error):
             raise UserError(f"--revision {revision} is not in {name}: {first_line(error)}") from error
@@ -132,10 +139,11 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     )
 
 
-def find_splits(name, revision, streaming, read_parquet):
+def find_splits(name, revision, streaming, online, read_parquet):
     """(train, test): each a Hugging Face dataset, ParquetImages, IndexedImages, or None.
 
-    read_parquet: makes the splits of {split: parquet files}.
+    online: whether the Hub answers; if not, the files are those of an earlier download. read_parquet: makes the splits
+    of {split: parquet files}.
     """
     folder = Path(name)
     if name == "shapes":
@@ -145,10 +153,12 @@ def find_splits(name, revision, streaming, read_parquet):
         splits = datasets.load_from_disk(name)
     elif folder.is_dir() and (found := folder_splits(name)):
         splits = found
+    elif not online:
+        return read_parquet(json.loads(downloaded_files(name, revision).read_text()))
     else:
         builder = datasets.load_dataset_builder(name, revision=revision)
         files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
-        if streaming and files and all(path.endswith(".parquet") for path in itertools.chain(*files.values())):
+        if files and all(path.endswith(".parquet") for path in itertools.chain(*files.values())):
             return read_parquet(files)
         if streaming and not folder.is_dir() and PartialState().is_main_process:
             print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
@@ -168,8 +178,8 @@ def train_and_test(splits):
     return splits[train], splits.get(test)
 
 
-def parquet_splits(name, files, image_column, label_column, cache, cache_gb):
-    """(train, test) of {split: parquet files}, read by row group where they are.
+def parquet_splits(name, files, image_column, label_column, revision, streaming, cache, cache_gb):
+    """(train, test) of {split: parquet files}: read by row group where they are, or downloaded and read row by row.
 
     The main process reads the footers, in parallel, and tells the others.
     """
@@ -178,14 +188,22 @@ def parquet_splits(name, files, image_column, label_column, cache, cache_gb):
         told = [train_and_test(files)]
     chosen = broadcast_object_list(told)[0]
     remote, traffic = is_remote(chosen[0][0]), Traffic()
+    if remote and not streaming:
+        with PartialState().local_main_process_first():
+            local = dict(zip(paths := [*chosen[0], *(chosen[1] or ())], download(paths)))
+        chosen = [paths and [local[path] for path in paths] for paths in chosen]
+        if PartialState().is_local_main_process:
+            write_json(downloaded_files(name, revision), files)
     if PartialState().is_main_process:
         told = [[paths and read_footers(paths, traffic) for paths in chosen]]
-    cache = RowGroupCache(cache, cache_gb) if cache and remote else None
+    cache = RowGroupCache(cache, cache_gb) if cache and remote and streaming else None
     splits = [
         paths
         and ParquetImages(paths, footers, *image_and_label(footers, name, image_column, label_column), cache, traffic)
         for paths, footers in zip(chosen, broadcast_object_list(told)[0])
     ]
+    if not streaming:
+        return tuple(images and IndexedImages(ParquetRows(images), traffic) for images in splits)
     if remote and PartialState().is_main_process:
         print_costs(*splits, cache)
     return tuple(splits)
@@ -200,6 +218,11 @@ def image_and_label(footers, name, image_column, label_column):
     if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
         raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
     return columns
+
+
+def downloaded_files(name, revision):
+    """Where the files of a dataset on the Hub are listed once they are downloaded, for when it cannot be reached."""
+    return shared_folder("downloads") / f"{hashlib.sha256(repr((name, revision)).encode()).hexdigest()[:40]}.json"
 
 
 def print_costs(train, test, cache):
@@ -218,8 +241,11 @@ def print_costs(train, test, cache):
         print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
 
 
-def check_hub_name(name):
-    """Raise UserError at once for a name that is no folder and that the Hub does not have or does not answer for."""
+def check_hub_name(name, known=None):
+    """Raise UserError at once for a name that is no folder and that the Hub does not have or does not answer for.
+
+    known: a file that is there if the data was downloaded before. Returns False if it is, and the Hub does not answer.
+    """
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
     try:
@@ -230,6 +256,8 @@ def check_hub_name(name):
             f" the name, or if it is private or gated accept its terms on the Hub and run `hf auth login`"
         ) from error
     except Exception as error:  # no network, no answer, offline mode: each client library has its own exceptions
+        if known is not None and known.exists():
+            return False
         try:
             datasets.load.CachedDatasetModuleFactory(name).get_module()
         except FileNotFoundError:
@@ -237,6 +265,7 @@ def check_hub_name(name):
                 f"--data {name} is neither a folder here nor downloaded before, and the Hub cannot be reached"
                 f" ({first_line(error)}); once it can: accept the dataset's terms there if it asks, `hf auth login`"
             ) from error
+    return True
 
 
 def choose_columns(features, name, image_column, label_column):
