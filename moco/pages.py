@@ -120,11 +120,12 @@ def locate(data, values, is_snappy):
                 if found < 0:
                     break  # in a later page
                 end = found + len(values[i])
-                place = (
-                    snappy_place(blocks, found, end, length) if blocks else [at + found, end - found, 0, 0, end - found]
-                )
-                if read_place(lambda start, end: data[start:end], *place) == values[i]:
-                    places[i] = place
+                place = [at + found, end - found, 0, 0, end - found]
+                if is_snappy:
+                    place = snappy_place(blocks, found, end, length)
+                with contextlib.suppress(OSError, ValueError):  # of a block that refers to another after all
+                    if read_place(lambda start, end: data[start:end], *place) == values[i]:
+                        places[i] = place
             i += 1
         at += size
     return places

@@ -348,7 +348,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = None if fault == "whole" else self.headers.get("Range")
         first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", asked or "bytes=0-").groups()
         start, end = (int(first), int(last or size - 1) + 1) if first else (max(0, size - int(last)), size)
-        start, end = start + (fault == "other range"), min(end, size)
+        if fault == "other range":  # as long as the one asked for, where the file allows
+            start, end = start + 1, end + 1
+        end = min(end, size)
         self.send_response(206 if asked else 200)
         if asked:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")

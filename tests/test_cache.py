@@ -150,6 +150,7 @@ def read_all(paths, folder, limit, send):
 
 def test_two_runs_share_a_folder_and_its_limit(hub, folder, tmp_path):
     """Both read the same row groups at the same time."""
+    hub.latency = 0.05
     local = images_of([str(path) for path in sorted(folder.iterdir())])
     limit = images_of(PATHS).epoch_bytes() * 0.8
     ends = [FORK.Pipe(duplex=False) for _ in range(2)]
@@ -157,10 +158,29 @@ def test_two_runs_share_a_folder_and_its_limit(hub, folder, tmp_path):
     for process in processes:
         process.start()
     for process, (receive, _) in zip(processes, ends):
-        assert receive.recv() == [local[row]["label"] for row in range(75)]
         process.join(timeout=60)
+        assert process.exitcode == 0 and receive.recv() == [local[row]["label"] for row in range(75)]
     sizes = kept(RowGroupCache(tmp_path)).values()
     assert limit - max(sizes) <= sum(sizes) <= limit
+
+
+def keep_many(folder, number):
+    cache = RowGroupCache(folder, 0.001)
+    for item in range(100):
+        cache.keep(cache.path_of(PATHS[0], f"{number}-{item}"), f"{number}-{item}".encode().rjust(4996))
+
+
+def test_processes_that_write_at_once_spoil_nothing(tmp_path):
+    """Four times 100 row groups of 5 kB, of which 1 MB are to be kept."""
+    processes = [FORK.Process(target=keep_many, args=(tmp_path, number)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    cache = RowGroupCache(tmp_path)
+    assert len(kept(cache)) == 200 and cache.used() == 1_000_000
+    for name in kept(cache):
+        assert bytes(cache.read(tmp_path / name, 4996)).decode().strip() == name.rsplit("/")[-1]
 
 
 # ---- damage, a full disk

@@ -10,7 +10,7 @@ from conftest import run_script, write_parquet
 from hub import TOKEN, serving
 
 from moco.data import IndexedImages, load_splits
-from moco.pages import ParquetRows
+from moco.pages import BLOCK, NOWHERE, ParquetRows, locate
 from moco.stream import ParquetImages, read_footers
 
 
@@ -78,6 +78,22 @@ def test_each_row_is_what_pyarrow_reads(tmp_path, layout, column, capsys):
     elif layout != "deltas":
         assert missing == 1  # the row without an image
     assert f"{missing} of {len(expected)} rows are slow: each is read with its row group" in capsys.readouterr().out
+
+
+def test_a_place_that_does_not_hold_its_row_is_none():
+    """A Snappy stream whose second block refers to the first, as the format allows but its usual encoder never does."""
+    first = np.random.default_rng(0).bytes(BLOCK)
+    literal = bytes([61 << 2]) + (BLOCK - 1).to_bytes(2, "little") + first
+    copies = [bytes([(60 - 1) << 2 | 3]) + offset.to_bytes(4, "little") for offset in (BLOCK - 100, BLOCK - 440)]
+    stream = varint(BLOCK + 120) + literal + b"".join(copies)
+    header = bytes([0x15, 0, 0x15]) + varint(2 * (BLOCK + 120)) + bytes([0x15]) + varint(2 * len(stream)) + bytes([0])
+    values = [first[1000:2000], first[100:160] + first[500:560]]
+    in_first, in_second = locate(header + stream, values, is_snappy=True)
+    assert in_first[-1] == 1000 and in_second == NOWHERE
+
+
+def varint(value):
+    return bytes([value & 127 | 128, value >> 7 & 127 | 128, value >> 14])
 
 
 def test_a_row_costs_about_its_own_size(tmp_path):
