@@ -143,7 +143,8 @@ def test_a_kill_while_writing_leaves_whole_files_or_none(tmp_path):
     assert cache.read(path, 5) == b"whole"
 
 
-def read_all(paths, folder, limit, send):
+def read_all(paths, folder, limit, both, send):
+    both.wait()  # to fork while the server hashes for the other one could leave a lock of OpenSSL's locked
     images = images_of(paths, RowGroupCache(folder, limit))
     send.send([images[row]["label"] for row in range(75)])
 
@@ -153,8 +154,8 @@ def test_two_runs_share_a_folder_and_its_limit(hub, folder, tmp_path):
     hub.latency = 0.05
     local = images_of([str(path) for path in sorted(folder.iterdir())])
     limit = images_of(PATHS).epoch_bytes() * 0.8
-    ends = [FORK.Pipe(duplex=False) for _ in range(2)]
-    processes = [FORK.Process(target=read_all, args=(PATHS, tmp_path, limit / 1e9, send)) for _, send in ends]
+    ends, both = [FORK.Pipe(duplex=False) for _ in range(2)], FORK.Barrier(2)
+    processes = [FORK.Process(target=read_all, args=(PATHS, tmp_path, limit / 1e9, both, send)) for _, send in ends]
     for process in processes:
         process.start()
     for process, (receive, _) in zip(processes, ends):

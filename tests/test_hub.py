@@ -45,8 +45,9 @@ def hub(folder, monkeypatch):
     shutil.rmtree(server.root / "HF_ASSETS_CACHE", ignore_errors=True)
 
 
-def read_epochs(paths, rank, epochs, send):
+def read_epochs(paths, rank, epochs, both, send):
     """One of two processes, with four workers: send a digest of its pixels, and what it read."""
+    both.wait()  # to fork while the server hashes for the other one could leave a lock of OpenSSL's locked
     traffic = Traffic()
     images = ParquetImages(paths, read_footers(paths[:1], traffic) * FILES, "image", "label", traffic=traffic)
     rows = itertools.islice(images.training_rows(24, 0, 0, rank, 2, 4, 10), epochs * 20)
@@ -61,9 +62,9 @@ def read_epochs(paths, rank, epochs, send):
 
 def two_processes(paths, epochs):
     """Digests of two processes that read at once, and the sum of what they read."""
-    ends = [FORK.Pipe(duplex=False) for _ in range(2)]
+    ends, both = [FORK.Pipe(duplex=False) for _ in range(2)], FORK.Barrier(2)
     processes = [
-        FORK.Process(target=read_epochs, args=(paths, rank, epochs, send)) for rank, (_, send) in enumerate(ends)
+        FORK.Process(target=read_epochs, args=(paths, rank, epochs, both, send)) for rank, (_, send) in enumerate(ends)
     ]
     for process in processes:
         process.start()
