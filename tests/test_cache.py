@@ -16,7 +16,7 @@ from hub import serving
 from moco.batches import train_batches
 from moco.cache import RowGroupCache
 from moco.checkpoint import read_metrics
-from moco.data import load_splits
+from moco.data import load_splits, print_costs
 from moco.errors import UserError
 from moco.stream import ParquetImages, read_footers
 
@@ -228,6 +228,20 @@ def test_a_cache_that_cannot_be(tmp_path):
 
 
 # ---- runs
+
+
+def test_what_an_epoch_asks_for_is_said_and_more_only_where_it_is_too_much(hub, tmp_path, capsys, monkeypatch):
+    images, cache = images_of(PATHS), RowGroupCache(tmp_path, 1)
+    print_costs(images, None, cache)
+    print_costs(images, None, None)
+    monkeypatch.setattr("moco.data.RESOLVES", 2)
+    print_costs(images, None, None)
+    asked, kept, again, off, late, _ = capsys.readouterr().out.splitlines()
+    assert asked == again == "stream  3 files, 9 row groups, 0.0 GB an epoch; the Hub resolves 3 addresses an hour"
+    assert kept == f"cache   {tmp_path}: 0.0 GB are there; of 0.0 GB 0.0 will be kept (the limit)"
+    assert off == "cache   off: every epoch reads everything again; --cache FOLDER keeps it"
+    assert late == asked + ", 2 in 5 minutes for a free account, so the last are read 5 minutes late"
+
 
 RUN = [*"--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1".split()]
 RUN += ["--batch-size", 16, "--bn-batch", 8, "--workers", 1, "--shuffle-window", 20, "--knn-every", 0]

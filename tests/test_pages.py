@@ -1,12 +1,18 @@
 """Rows of downloaded parquet files one by one, in any order, without a copy of them. pytest tests/test_pages.py"""
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_script, write_parquet
+from conftest import ROOT, run_script, write_parquet
 from hub import TOKEN, serving
 
 from moco.data import IndexedImages, load_splits
@@ -136,7 +142,7 @@ def test_files_of_the_hub_are_downloaded_once_and_found_without_it(tmp_path):
     for file in range(3):
         write_parquet(folder / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
     local, _ = load_splits(str(folder))
-    code = "import sys, json; from moco.data import load_splits; images, _ = load_splits('some/one', streaming=False);"
+    code = "import json; from moco.data import load_splits; images, _ = load_splits('some/one', streaming=False);"
     code += "print(json.dumps([[images[i]['label'], len(images[i]['image']['bytes'])] for i in range(75)]))"
     with serving(tmp_path / "served") as hub:
         environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN} | hub.environment
@@ -153,3 +159,19 @@ def test_files_of_the_hub_are_downloaded_once_and_found_without_it(tmp_path):
     }
     data = sum(path.stat().st_size for path in folder.iterdir())
     assert data < sum(sizes.values()) < 1.3 * data and not [path for path in sizes if path.suffix == ".arrow"]
+
+
+def test_hf_download_gives_a_folder_to_train_on(tmp_path):
+    """The command of docs/streaming.md, of another dataset into another folder."""
+    folder = tmp_path / "served" / "datasets" / "some" / "one"
+    write_parquet(folder / "data" / "train-0.parquet", "train", range(20), rows=10)
+    (folder / "README.md").write_text("nothing to train on")
+    words = re.search(r"^hf (download ILSVRC/.*)$", (ROOT / "docs" / "streaming.md").read_text(), re.MULTILINE)[1]
+    words = words.replace("ILSVRC/imagenet-1k", "some/one").replace("/scratch/imagenet", str(tmp_path / "here"))
+    with serving(tmp_path / "served") as hub:
+        environment = {"HF_HOME": str(tmp_path / "home")} | hub.environment
+        hf = Path(sys.executable).with_name("hf")
+        done = subprocess.run([hf, *shlex.split(words)], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images, _ = load_splits(str(tmp_path / "here"))
+    assert len(images) == 20 and images.traffic.totals()[0] == 0
