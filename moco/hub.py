@@ -47,7 +47,7 @@ class Traffic:
             self.counts[self.NAMES.index(name)] += amount
 
     def totals(self):
-        return list(self.counts)
+        return list(self.counts.get_obj())  # without the lock, which a worker that is killed may leave locked
 
 
 def traffic_line(read, seconds):

@@ -252,7 +252,7 @@ def environment_of(hub, output):
     return {"HF_HOME": str(output / "huggingface")} | hub.environment
 
 
-def test_a_run_says_what_it_reads_from_where(hub, tmp_path):
+def test_a_run_says_what_it_reads_from_where_and_the_probe_reads_the_same_cache(hub, tmp_path):
     command = ("train_moco.py", "--data", "some/one", "--output", tmp_path / "run", *RUN, "--epochs", 3)
     done = run_script(*command, "--cache", tmp_path / "cache", **environment_of(hub, tmp_path))
     assert done.returncode == 0, done.stderr
@@ -268,6 +268,13 @@ def test_a_run_says_what_it_reads_from_where(hub, tmp_path):
     assert all(line["read_mb_per_second"] >= 0 and line["disk_mb"] == line["refused"] == 0 for line in lines)
     assert {"network_mb", "cache_mb", "read_mb_per_second"} < {key for key in lines[0] if is_time(key)}
     assert "network" in done.stderr and "MB/s" in done.stderr  # in the progress line
+
+    reads, resolved = len(hub.reads), len(hub.resolved)
+    command = ("linear_probe.py", "--data", "some/one", "--backbone", tmp_path / "run", "--cache", tmp_path / "cache")
+    flags = "--epochs 1 --batch-size 8 --workers 1 --shuffle-window 20 --knn 5".split()
+    done = run_script(*command, *flags, **environment_of(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert len(hub.reads) == reads + 3 and len(hub.resolved) == resolved  # footers, from addresses that were known
 
 
 @pytest.mark.slow
