@@ -105,7 +105,7 @@ def headline(scores):
 
 def main():
     args = parse_args()
-    accelerator = start_accelerator(args.mixed_precision, args.data == "shapes")
+    accelerator = start_accelerator(args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -242,7 +242,7 @@ def parse_args():
     add("--warmup", type=at_least(0), metavar="N", help="steps with a rising learning rate [100, COCO: 1000]")
     add("--batch-size", type=at_least(1), metavar="N", default=16, help="images in a step, over all processes")
     add("--lr", type=positive, metavar="LR", default=0.02, help="/ 10 at 3/4, 11/12; COCO 2/3, 8/9 [%(default)s]")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add("--seed", type=seed, metavar="N", default=0, help="of new weights, order, sizes, flips, regions")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, metavar="RUN", help="run folder [detection/ in the backbone's, or in runs/]")

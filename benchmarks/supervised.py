@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -19,7 +19,6 @@ from moco.backbone import save_backbone
 from moco.batches import LabelledCrops, loader
 from moco.data import load_splits
 from moco.encoder import build_encoder
-from moco.run import has_fast_bf16
 from moco.schedule import learning_rate
 from moco.shapes import CLASSES
 
@@ -34,7 +33,7 @@ def main():
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16(PartialState().device.type) else "no")
+    accelerator = Accelerator()
     device, size = accelerator.device, 32
     train_set, _ = load_splits("shapes")
     torch.manual_seed(args.seed)

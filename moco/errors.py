@@ -4,6 +4,8 @@ import os
 import sys
 from contextlib import contextmanager
 
+import torch
+
 
 class UserError(ValueError):
     """Something the user can mend. The message names the value, the limit and the remedy, in one line.
@@ -26,6 +28,13 @@ def one_line_errors():
     """Print a UserError as one line on stderr, once a machine unless one process alone met it; exit with code 2."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: the GPU's memory is too small ({first_line(error)}); lower --micro-batch, which changes a run's"
+            " numbers by no more than rounding, or --batch-size",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except UserError as error:
         # Every process meets the same mistake but for those that a DataLoader's worker met; these come with its
         # traceback, of which the last line is the message.

@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
 from moco.checkpoint import (
@@ -308,23 +308,24 @@ def provenance(processes):
 # ---- processes, devices, signals
 
 
-def start_accelerator(mixed_precision, prefer_bf16=False, **options):
+def start_accelerator(mixed_precision, **options):
     """The Accelerator of a script. Raises UserError for a device or a precision that cannot work.
 
-    prefer_bf16: take bfloat16 if no precision is given and it is fast on this machine's device.
     DDP does not broadcast buffers before each forward pass: they are equal by construction, or averaged after it.
     """
     # Not every torch that this supports has the flag's successor.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # Accelerate's call
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONG_PATIENCE)]
-    if mixed_precision is None and prefer_bf16 and has_fast_bf16(PartialState().device.type):
-        mixed_precision = "bf16"
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
     device = accelerator.device.type
     if accelerator.mixed_precision == "fp16" and device == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-    if accelerator.mixed_precision == "bf16" and device == "cuda" and not has_fast_bf16(device):
+    if (
+        accelerator.mixed_precision == "bf16"
+        and device == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise UserError("--mixed-precision bf16 needs an Ampere GPU or newer; use fp16 or no")
     if device == "mps":
         raise UserError("Apple's GPUs have no float64, which is needed here; set ACCELERATE_USE_CPU=true")
@@ -334,13 +335,6 @@ def start_accelerator(mixed_precision, prefer_bf16=False, **options):
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
     return accelerator
-
-
-def has_fast_bf16(device):
-    """Whether bfloat16 is fast on a device type: "cuda" since Ampere, "cpu" with AVX512-BF16 or AMX."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def set_patience(timeout):

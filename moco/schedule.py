@@ -52,17 +52,18 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad
-                if parameter.dim() > 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    weight, gradient = parameter.norm(), update.norm()
-                    ratio = group["trust"] * weight / gradient
-                    update = update * torch.where((weight > 0) & (gradient > 0), ratio, 1)
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                state["momentum_buffer"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
-                parameter.sub_(state["momentum_buffer"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            scaled = [parameter for parameter in parameters if parameter.dim() > 1]
+            plain = [parameter for parameter in parameters if parameter.dim() <= 1]
+            updates = [parameter.grad for parameter in plain]
+            if scaled:
+                gradients = torch._foreach_add([p.grad for p in scaled], scaled, alpha=group["weight_decay"])
+                weight, gradient = (torch.stack(torch._foreach_norm(tensors)) for tensors in (scaled, gradients))
+                ratio = torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / gradient, 1)
+                updates += torch._foreach_mul(gradients, list(ratio))
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in plain + scaled]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates, alpha=group["lr"])
+            torch._foreach_sub_(plain + scaled, buffers)

@@ -88,10 +88,10 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
 def test_one_and_two_processes_take_the_same_steps(folder, tmp_path):
     """Same images in the same steps, so the same losses, queue and key encoder, for 20 steps.
 
-    One group a process, so that gradients are added in the same order: BatchNorm over few images multiplies a
-    difference in the last bit by a hundred each step.
+    A forward pass for each group, so that gradients are added in the same order: BatchNorm over few images multiplies
+    a difference in the last bit by a hundred each step.
     """
-    flags = ["--batch-size", 32, "--bn-batch", 16, "--epochs", 10, "--knn-every", 5, "--workers"]
+    flags = ["--batch-size", 32, "--bn-batch", 16, "--micro-batch", 16, "--epochs", 10, "--knn-every", 5, "--workers"]
     train(folder, tmp_path / "one", *flags, 0)
     train(folder, tmp_path / "two", *flags, 1, processes=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
