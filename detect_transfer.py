@@ -8,7 +8,6 @@ accelerate launch detect_transfer.py --output RUN/detection --resume            
 
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,16 +17,25 @@ from tqdm import tqdm
 from moco import flags
 from moco.backbone import load_backbone, push_loaded
 from moco.batches import loader
-from moco.checkpoint import read_metrics, weights_digest, write_json
+from moco.checkpoint import read_metrics, weights_digest
 from moco.coco import check_pycocotools
-from moco.detection import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_rows
+from moco.detection import (
+    DetectionImages,
+    evaluate_detections,
+    is_coco,
+    load_detection,
+    micro_batch_rows,
+    record_fingerprint,
+)
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, positive, seed
+from moco.flags import at_least, folder, positive, seed
+from moco.jsonfile import write_json
+from moco.launch import device_in_words, provenance, start_accelerator
 from moco.publish import check_push, public_name
 from moco.report import save_detection_curves, save_detections
-from moco.run import Run, provenance, start_accelerator
+from moco.run import Run
 from moco.schedule import warmup_step_rate
 
 # The reference's configurations, by the data; each entry is the default of the flag of its name.
@@ -150,6 +158,7 @@ def main():
         args.output, accelerator, {"detector": unwrapped}, optimizer, settings=vars(args), images=len(data.train),
         batch_size=args.batch_size, total_steps=args.iterations, checkpoint_every=args.checkpoint_every,
         keep=args.keep, resume=args.resume, evaluate=args.evaluate, backbone_sha256=digest,
+        fingerprint=record_fingerprint(data.train),
         steps_per_epoch=(len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size,
     )  # fmt: skip
 
@@ -245,7 +254,7 @@ def parse_args():
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add("--seed", type=seed, metavar="N", default=0, help="of new weights, order, sizes, flips, regions")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, metavar="RUN", help="run folder [detection/ in the backbone's, or in runs/]")
+    add("--output", type=folder, metavar="RUN", help="run folder [detection/ in the backbone's, or in runs/]")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(0), metavar="STEPS", default=0, help="0: only at the end [%(default)s]")
@@ -292,7 +301,7 @@ def check_args(args, processes):
         check_pycocotools(args.data)
     elif args.schedule:
         raise UserError(f"--schedule {args.schedule} is for COCO folders, which {args.data} is not; use --iterations")
-    flags.check_output(args.output, args.resume or args.evaluate)
+    flags.check_output(args.output, args.resume or args.evaluate, args.data)
 
 
 def print_settings(args, arch, data, milestones, processes):
@@ -304,6 +313,7 @@ def print_settings(args, arch, data, milestones, processes):
         f"from    {args.backbone}",
         f"data    {args.data}: {len(data.train)} images to train on, short side {sizes}, {len(data.classes)} classes",
         f"batch   {args.batch_size} = {processes} processes x {passes} micro-batches x {args.micro_batch} images",
+        f"device  {device_in_words(args.workers)}",
         f"SGD     {args.iterations} iterations, lr {args.lr}, / 10 at {' and '.join(map(str, milestones))}, warm-up"
         f" {args.warmup}, mixed precision {args.mixed_precision}",
         f"test    {len(data.test)} images, {data.metric}'s metric",

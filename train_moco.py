@@ -8,7 +8,6 @@ accelerate launch train_moco.py --recipe simclr        the end-to-end counterpar
 """
 
 import copy
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,11 +28,12 @@ from moco.data import has_labels, load_splits
 from moco.decode import read_image
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, below_one, not_negative, positive, seed
+from moco.flags import at_least, below_one, folder, not_negative, positive, seed
 from moco.knn import knn_monitor
+from moco.launch import device_in_words, provenance, start_accelerator
 from moco.publish import check_push, push_backbone
 from moco.report import save_curves, save_views
-from moco.run import Run, start_accelerator
+from moco.run import Run
 from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
 
@@ -184,7 +184,7 @@ def main():
     run = Run(
         args.output, accelerator, {"query_encoder": unwrapped, **kept}, optimizer, settings=vars(args),
         images=len(train_set), batch_size=args.batch_size, total_steps=total_steps, keep=args.keep,
-        checkpoint_every=args.checkpoint_every, resume=args.resume,
+        checkpoint_every=args.checkpoint_every, resume=args.resume, fingerprint=train_set.fingerprint(),
         order=train_set.order(world, args.workers, args.shuffle_window),
     )  # fmt: skip
     if args.tracker:
@@ -242,8 +242,8 @@ def main():
 
     # ---- what the run leaves
     if is_main:
-        settings = json.loads((args.output / "args.json").read_text())
         tag = ("" if args.end_to_end else "moco_") + args.recipe.replace("-", "_")
+        settings = vars(args) | provenance(world)
         save_backbone(args.output / "backbone", unwrapped, args.arch, args.image_size, tag, settings)
         print(f"backbone, views.png and curves.png are in {args.output}")
         if scores := [line["knn"] for line in read_metrics(run.metrics) if "knn" in line]:
@@ -293,7 +293,7 @@ def parse_args():
     add("--seed", type=seed, metavar="N", default=0, help="of weights, queue, order and augmentation")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, metavar="FOLDER", help="run folder [runs/RECIPE-DATA]")
+    add("--output", type=folder, metavar="FOLDER", help="run folder [runs/RECIPE-DATA]")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
     add("--checkpoint-every", type=at_least(1), metavar="STEPS", default=1000, help="also at the end and on SIGTERM")
     add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
@@ -307,13 +307,15 @@ def parse_args():
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     parser.set_defaults(**RECIPES[given.recipe])
     args = parser.parse_args()
+    if args.output is None:
+        args.output = Path("runs") / f"{args.recipe}-{Path(args.data).resolve().name}"
+    if args.resume:
+        args = flags.parse_resumed(parser, args.output, FREE_ON_RESUME)
     if args.lr is None:
         args.lr = 0.3 * args.batch_size / 256
     if args.bn_batch is None:
         args.bn_batch = args.batch_size
-    if args.output is None:
-        args.output = Path("runs") / f"{args.recipe}-{Path(args.data).resolve().name}"
-    return flags.parse_resumed(parser, args.output, FREE_ON_RESUME) if args.resume else args
+    return args
 
 
 def check_args(args, processes, device_type):
@@ -329,7 +331,15 @@ def check_args(args, processes, device_type):
             f"--bn-batch {args.bn_batch} over {processes} processes needs SyncBatchNorm, which runs on GPUs only; use"
             f" --bn-batch {args.batch_size // processes}"
         )
-    flags.check_output(args.output, args.resume)
+    views = 2 * 3 * args.image_size**2 * args.batch_size // processes
+    flags.check_memory(
+        {
+            f"--queue-size {args.queue_size} x --dim {args.dim}": 4 * args.queue_size * args.dim,
+            f"--batch-size {args.batch_size} views of --image-size {args.image_size}": 4 * views,
+            f"--workers {args.workers} with two batches each": args.workers * 2 * views,
+        }
+    )
+    flags.check_output(args.output, args.resume, args.data)
 
 
 def print_settings(args, train_set, test_set, processes, passes, candidates):
@@ -346,6 +356,7 @@ def print_settings(args, train_set, test_set, processes, passes, candidates):
         f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {args.bn_batch}",
         f"{args.optimizer.upper():7} {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum},"
         f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
+        f"device  {device_in_words(args.workers)}",
         f"loss    chance is log({candidates}) = {math.log(candidates):.2f}" + ("" if args.end_to_end else filling),
         "kNN     " + (knn if has_labels(train_set) else no_labels) if args.knn_every else "kNN     off",
         f"output  {args.output}",

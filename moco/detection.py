@@ -5,7 +5,7 @@ row), "name", "width", "height", "boxes" (m, 4) float32 xyxy from 0, "labels" (m
 bool}, and for COCO "id" and "polygons", a list of (points, 2) arrays for each box.
 """
 
-import io
+import hashlib
 import json
 import xml.etree.ElementTree
 from collections import Counter
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from moco.coco import evaluate_coco
 from moco.data import check_hub_name
-from moco.decode import UNDECODABLE, decode_image, encoded_bytes, read_image
+from moco.decode import UNDECODABLE, decode_image, encoded_bytes, open_image, read_image
 from moco.errors import UserError, first_line
 from moco.shapes import CLASSES as SHAPES_CLASSES
 from moco.shapes import draw_scene, encode_jpeg
@@ -179,7 +179,7 @@ def voc_record(root, name, left_out):
 def image_size(image, left_out):
     """(width, height) from the header of an encoded image; (1, 1), which holds no box, where it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(encoded_bytes(image))) as opened:
+        with open_image(encoded_bytes(image)) as opened:
             return opened.size
     except UNDECODABLE:
         left_out["images whose size cannot be read"] += 1
@@ -283,6 +283,15 @@ def hub_split(dataset, name, box_format, classes, left_out):
             record["boxes"][:, 2:] += record["boxes"][:, :2]
         width, height = (values["width"], values["height"]) if sized else image_size(values["image"], left_out)
         yield {"image": (dataset, row), "name": f"row {row}", "width": width, "height": height, **record}
+
+
+def record_fingerprint(records):
+    """Of what a run depends on: each image's name and size, and its objects."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(f"{record['name']} {record['width']} {record['height']}".encode())
+        digest.update(record["boxes"].tobytes() + record["labels"].tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---- records -> what a detector gets

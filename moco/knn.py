@@ -1,7 +1,6 @@
 """The weighted kNN classifier, and features to run it on: how well a backbone separates classes, without training."""
 
 import copy
-import json
 import shutil
 
 import numpy as np
@@ -14,12 +13,17 @@ from tqdm import tqdm
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width
 from moco.batches import CenterCrops, loader, ordered_rows
-from moco.checkpoint import write_json
 from moco.errors import UserError
+from moco.jsonfile import is_whole, read_json, write_json
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 SIMILARITIES = 2**26  # entries of the similarity matrix at a time: 256 MB in float32
 MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most
+
+
+def default_k(images):
+    """How many neighbours vote: the papers' 200, and of a bank below 5,000 images one in 25, at least 1."""
+    return min(200, max(1, images // 25))
 
 
 @torch.no_grad()
@@ -111,8 +115,10 @@ def cache_features(folder, backbone, digest, dataset, size, workers, accelerator
     """
     made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": size}
     paths, done = [folder / "features.npy", folder / "labels.npy"], folder / "cache.json"
-    if done.exists() and made_of.items() <= (known := json.loads(done.read_text())).items():
-        return [], known["undecodable"]
+    if done.exists():
+        known = read_json(done, {"undecodable": is_whole}, "remove it, and the features are made again")
+        if made_of.items() <= known.items():
+            return [], known["undecodable"]
     accelerator.wait_for_everyone()
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -189,5 +195,6 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
     bank, bank_labels, failed = feature_bank(backbone, train_set, rows, size, workers, accelerator)
     features, labels, failed_too = extract_features(backbone, test_set, queries, size, workers, accelerator)
     classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
-    scores = knn_evaluate(features, labels, bank, bank_labels, classes, [200], 0.07, accelerator)
-    return scores[200]["top1"], failed + failed_too, len(rows) + len(queries)
+    k = default_k(len(rows))
+    scores = knn_evaluate(features, labels, bank, bank_labels, classes, [k], 0.07, accelerator)
+    return scores[k]["top1"], failed + failed_too, len(rows) + len(queries)

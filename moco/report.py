@@ -70,7 +70,7 @@ def save_curves(path, metrics, candidates):
     for ax, (key, title, color) in zip(axes.flat, panels, strict=True):
         points = [(line["epoch"], line[key]) for line in lines if key in line]
         if points:
-            ax.plot(*zip(*points, strict=True), color=color, marker="o" if key == "knn" else None)
+            ax.plot(*zip(*points, strict=True), color=color, marker="o" if key == "knn" or len(points) == 1 else None)
         ax.set_title(title)
         ax.grid(alpha=0.3)
     chance = math.log(candidates)
@@ -100,7 +100,8 @@ def save_detection_curves(path, metrics):
         for key, label in keys.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
-                ax.plot(*zip(*points, strict=True), label=label, marker="o" if "AP" in key else None)
+                marker = "o" if "AP" in key or len(points) == 1 else None
+                ax.plot(*zip(*points, strict=True), label=label, marker=marker)
         if len(ax.lines) > 1:
             ax.legend()
         ax.set_title(title)
@@ -129,6 +130,8 @@ def save_detections(path, records, predictions, classes, images=6, threshold=0.5
         truth = [classes[label] for label in record["labels"]]
         axes[0, column].imshow(annotated(image, record["boxes"], record["labels"], truth))
         axes[1, column].imshow(annotated(image, found["boxes"][sure], found["labels"][sure], names, masks))
+        if not sure.any():
+            axes[1, column].set_title("none")
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])

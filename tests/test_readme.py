@@ -35,7 +35,7 @@ def parse(script, flags, monkeypatch, processes=1):
     module = importlib.import_module(script.removesuffix(".py"))
     if not hasattr(module, "check_args"):
         return module.parse_args()
-    monkeypatch.setattr("moco.flags.check_output", lambda output, continues: None)  # makes the folder
+    monkeypatch.setattr("moco.flags.check_output", lambda *_: None)  # makes the folder
     try:
         args = module.parse_args()
     except UserError as error:
