@@ -1,6 +1,6 @@
-"""The supervised row of the comparison: the same encoder trained with labels on the built-in data, then to be probed.
+"""The supervised row of the comparison: the same encoder trained with labels, then to be probed.
 
-python benchmarks/supervised.py --output runs/supervised-shapes
+python benchmarks/supervised.py --data shapes --output runs/supervised-shapes
 python linear_probe.py --data shapes --backbone runs/supervised-shapes
 """
 
@@ -17,15 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
 from moco.batches import LabelledCrops, loader
-from moco.data import load_splits
+from moco.data import count_classes, load_splits
 from moco.encoder import build_encoder
 from moco.schedule import learning_rate
-from moco.shapes import CLASSES
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="run folder")
+    parser.add_argument("--data", default="shapes", help="what train_moco.py takes [%(default)s]")
     parser.add_argument("--arch", default="resnet10")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -35,12 +35,13 @@ def main():
     args = parser.parse_args()
     accelerator = Accelerator()
     device, size = accelerator.device, 32
-    train_set, _ = load_splits("shapes")
+    train_set, test_set = load_splits(args.data)
+    classes = count_classes(train_set, test_set, args.data)
     torch.manual_seed(args.seed)
-    encoder = build_encoder(args.arch, dim=len(CLASSES), head="fc").to(memory_format=torch.channels_last)
+    encoder = build_encoder(args.arch, dim=classes, head="fc").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    rows = train_set.training_rows(args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
+    rows = train_set.training_rows(args.batch_size, args.seed, 0, 0, 1, args.workers, 20_000)
     batches = iter(loader(LabelledCrops(train_set, size, args.seed), rows, args.workers))
     steps_per_epoch = len(train_set) // args.batch_size
     bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")
@@ -56,7 +57,7 @@ def main():
             bar.set_postfix_str(f"loss {loss.item():.2f}")
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     encoder = accelerator.unwrap_model(encoder, keep_torch_compile=False)
-    save_backbone(args.output / "backbone", encoder, args.arch, size, "supervised", {"data": "shapes"} | settings)
+    save_backbone(args.output / "backbone", encoder, args.arch, size, "supervised", settings)
 
 
 if __name__ == "__main__":
