@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from moco import flags
+from moco import flags, shapes
 from moco.backbone import load_backbone, push_loaded
 from moco.batches import loader
 from moco.checkpoint import read_metrics, weights_digest
@@ -44,8 +44,9 @@ COCO = {"image_size": [*range(640, 801, 32)], "schedule": "2x", "warmup": 1000}
 COCO_ITERATIONS = {"1x": 90_000, "2x": 180_000}
 # What --data shapes sets, so that two CPU cores finish in minutes.
 SHAPES = {
-    "image_size": [96], "anchor_sizes": [40, 64], "roi_batch": 16, "batch_size": 4, "micro_batch": 4,
-    "iterations": 300, "warmup": 30, "lr": 0.01, "workers": 1, "checkpoint_every": 100, "log_every": 10,
+    "data_version": shapes.VERSION, "image_size": [96], "anchor_sizes": [40, 64], "roi_batch": 16, "batch_size": 4,
+    "micro_batch": 4, "iterations": 300, "warmup": 30, "lr": 0.01, "workers": 1, "checkpoint_every": 100,
+    "log_every": 10,
 }  # fmt: skip
 MILESTONES = {"VOC": (3 / 4, 11 / 12), "COCO": (2 / 3, 8 / 9)}  # of the iterations, where the learning rate is / 10
 LONGEST = 1333  # pixels: INPUT.MAX_SIZE
@@ -124,6 +125,7 @@ def main():
     # ---- backbone and data
     with accelerator.local_main_process_first():  # one process a machine downloads, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        shapes.check_version(known.get("settings", {}), args.data)
         data = load_detection(args.data, args.years, args.box_format)
     digest = weights_digest(backbone.state_dict())
     if len(data.train) < args.batch_size:

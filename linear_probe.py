@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import flags
+from moco import flags, shapes
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width, load_backbone, push_loaded
 from moco.batches import CachedFeatures, LabelledCrops, loader
@@ -29,7 +29,7 @@ from moco.run import Run
 from moco.schedule import learning_rate
 
 # What --data shapes changes, so that two CPU cores finish in minutes.
-SHAPES = {"image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
+SHAPES = {"data_version": shapes.VERSION, "image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
 HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among several --lr: at most, and share at most
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
@@ -115,6 +115,7 @@ def main():
     # ---- backbone
     with accelerator.local_main_process_first():  # one process a machine downloads or draws, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        shapes.check_version(known.get("settings", {}), args.data)
     train_set, test_set = load_splits(
         args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
     )

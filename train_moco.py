@@ -18,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from moco import flags
+from moco import flags, shapes
 from moco.augment import AUGMENTATIONS, ViewAugment, sample_params
 from moco.backbone import save_backbone
 from moco.batches import train_batches
@@ -52,8 +52,8 @@ RECIPES = {
 }  # fmt: skip
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {
-    "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998, "epochs": 40,
-    "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
+    "data_version": shapes.VERSION, "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998,
+    "epochs": 40, "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
 }  # fmt: skip
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {

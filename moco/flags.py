@@ -11,6 +11,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from moco import shapes
 from moco.checkpoint import complete_checkpoints
 from moco.errors import UserError
 from moco.jsonfile import is_text, or_absent, read_json
@@ -105,6 +106,7 @@ def parse_resumed(parser, output, free):
     saved = read_json(output / "args.json", {"script": or_absent(is_text)}, remedy)
     if saved.get("script", parser.prog) != parser.prog:
         raise UserError(f"--output {output} holds a run of {saved['script']}; name the folder of a {parser.prog} run")
+    shapes.check_version(saved, "shapes")
     begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
     for action in parser._actions:
         if action.dest in begun and not could_be(action, saved[action.dest]):
