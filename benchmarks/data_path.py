@@ -50,22 +50,24 @@ class GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
 
 
-STANDARD = transforms.Compose(
-    [
-        transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        transforms.RandomGrayscale(p=0.2),
-        transforms.RandomApply([GaussianBlur()], p=0.5),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ]
-)
+def standard_transform(size, blur=None):
+    """The official code's transforms of one view for MoCo v2. blur: theirs, else the same written here."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur or GaussianBlur()], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
 
 class StandardViews(torch.utils.data.Dataset):
     def __init__(self, files):
-        self.files = files
+        self.files, self.transform = files, standard_transform(224)
 
     def __len__(self):
         return BATCH * BATCHES
@@ -73,7 +75,7 @@ class StandardViews(torch.utils.data.Dataset):
     def __getitem__(self, index):
         with Image.open(io.BytesIO(self.files[index % len(self.files)])) as image:
             image = image.convert("RGB")
-        return STANDARD(image), STANDARD(image)
+        return self.transform(image), self.transform(image)
 
 
 def seconds(batches):

@@ -34,13 +34,12 @@ import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from torchvision import transforms
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import moco.augment as augment
 import train_moco
-from moco.augment import MEAN, STD
+from benchmarks.data_path import standard_transform
 from moco.encoder import build_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -105,17 +104,7 @@ def run_official(folder, data, seed, output):
     np.random.seed(seed)
     main_moco.random.seed(seed)
     # Their list of transforms is inside their main, with a size of 224.
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([loader.GaussianBlur([0.1, 2.0])], p=0.5),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    transform = standard_transform(SIZE, loader.GaussianBlur([0.1, 2.0]))
     photographs = Photographs(data, loader.TwoCropsTransform(transform))
     sampler = DistributedSampler(photographs, seed=seed)
     batches = DataLoader(photographs, BATCH, sampler=sampler, num_workers=1, drop_last=True)

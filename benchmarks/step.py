@@ -125,7 +125,7 @@ def prepared(encoder, precision, compiled=False):
 
 
 def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=None, compiled=False):
-    """A function that takes `moco_step` on its own random images, as many on each process."""
+    """A function that takes `moco_step`, on random images of each process unless it is given others."""
     accelerator = accelerator or alone(precision)
     torch.manual_seed(0)
     query_encoder = build_encoder(arch, bn_batch=bn_batch).to(DEVICE, memory_format=torch.channels_last)
@@ -142,7 +142,7 @@ def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=Non
     views = [view.contiguous(memory_format=torch.channels_last) for view in images]
     numbers = itertools.count()
 
-    def step():
+    def step(views=views):
         moco_step(
             query_encoder, key_encoder, queue, optimizer, views,
             shuffle_order(0, next(numbers), accelerator.num_processes * batch), accelerator,
