@@ -43,7 +43,7 @@ CONFIG = {  # of config.json, ours or timm's
     ),
 }
 FORMATS = ("torchvision", "timm", "detectron2", "moco")
-# Settings of a run that say nothing of its weights; they may hold paths of the machine, which are not to be published.
+# Settings of a run that say nothing about its weights. They may hold local paths, which must not be published.
 NOT_PUBLISHED = {"output", "resume", "keep", "checkpoint_every", "workers", "tracker", "push_to_hub"}
 
 
@@ -60,7 +60,7 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
     resnet50. encoder: "query", or "key" for the momentum encoder, where the source has both.
     What is known is a dict with "arch" and, if the source says so, "image_size" in pixels, "tag", and the "settings" of
     its training.
-    Raises UserError where the keys or shapes are not exactly those of the architecture.
+    Raises UserError if the keys or shapes are not exactly those of the architecture.
     """
     if source == "random":
         check_single(source, encoder)
@@ -78,8 +78,8 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
 def read_backbone(source, encoder="query"):
     """({key as in torchvision: tensor} without `fc`, what is known of it) of any source but "random".
 
-    What is known is a dict with, as far as the source tells, "arch" and what else `load_backbone` names.
-    Raises UserError where the source is not there, damaged, unsafe to read, or holds no backbone.
+    What is known is a dict with those keys of `load_backbone` that the source tells.
+    Raises UserError if the source is not there, damaged, unsafe to read, or holds no backbone.
     """
     path = Path(source)
     if path.is_dir():
@@ -101,7 +101,7 @@ def read_backbone(source, encoder="query"):
 
 
 def check_single(source, encoder):
-    """Raise UserError where the momentum encoder is asked of what holds one encoder alone."""
+    """Raise UserError if the momentum encoder is asked for, but the source holds only one encoder."""
     if encoder == "key":
         raise UserError(
             f"--encoder key asks for the second of two encoders, but {source} holds one; leave the flag out, or name a"
@@ -138,7 +138,7 @@ def read_safetensors(path):
 
 
 def read_torch_file(path):
-    """A file of torch.save: ({key: tensor}, what is known). Only tensors and plain values are read, no code is run."""
+    """({key: tensor}, what is known) from a file of torch.save. Only tensors and plain values are read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -206,7 +206,7 @@ def torchvision_keys(weights, source, encoder="query"):
     """The backbone's part of a state dict under torchvision's keys, contiguous; every other key must be a known one.
 
     Known layouts: torchvision and timm, the official MoCo checkpoint, detectron2's, an encoder of a run here.
-    Raises UserError that names the keys that belong to none, and where there is no backbone.
+    Raises UserError that names keys which belong to none, or if there is no backbone.
     """
     encoders = {"query": "module.encoder_q.", "key": "module.encoder_k."}
     others = ("fc.",)
@@ -261,9 +261,9 @@ def few(names):
 
 
 def mismatches(weights, arch, stem):
-    """Where weights are not exactly an architecture's: a list of "missing KEY", "unexpected KEY" or "KEY is SHAPE".
+    """How weights differ from an architecture: a list of "missing KEY", "unexpected KEY" or "KEY is SHAPE".
 
-    The counters of BatchNorm's batches may be missing, as in old checkpoints: nothing here reads them.
+    BatchNorm's counters of batches may be missing, as in old checkpoints; nothing here reads them.
     """
     with torch.device("meta"):
         backbone = build_encoder(arch, head="fc", stem=stem)
@@ -278,9 +278,9 @@ def mismatches(weights, arch, stem):
 
 
 def fitting_arch(weights, arch=None, source="weights"):
-    """The architecture and the stem that weights without a head are exactly those of. arch: the only one to try.
+    """(architecture, stem) whose keys and shapes are exactly those of the weights. arch: the only one to try.
 
-    Raises UserError that names the keys where they do not fit.
+    Raises UserError that names the keys that do not fit.
     """
     stem = "small" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
     wrong = {name: mismatches(weights, name, stem) for name in ([arch] if arch else resnet_names())}
@@ -311,14 +311,14 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
 
     encoder: a ResNet of `build_encoder`. arch: its name. image_size: pixels it was trained at. tag: a word for the
     weights, such as "moco_v2". settings: how they were trained, kept in the config under "moco".
-    The keys are torchvision's. timm and transformers load every backbone but those with the small stem, which timm
-    has no counterpart for.
+    The keys are torchvision's. timm and transformers load every backbone except those with the small stem, which timm
+    does not have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu() for key, value in encoder.state_dict().items() if not key.startswith("fc.")}
     write_tensors(folder / "model.safetensors", weights)
     settings = {name: value for name, value in settings.items() if name not in NOT_PUBLISHED}
-    if "data" in settings:  # only now is it known whether the name is that of a folder here
+    if "data" in settings:  # later, elsewhere, nobody can tell whether it was a local folder
         settings["data"], settings["data_on_hub"] = public_name(settings["data"])
     config = {
         "architecture": "resnet18" if arch == "resnet10" else arch,

@@ -21,7 +21,7 @@ def save_checkpoint(folder, step, tensors, state, keep):
     """Write folder/step_N, then remove the oldest complete checkpoints beyond `keep`, and any of later steps.
 
     tensors: {file name: {key: tensor}}, each a safetensors file. state: what JSON can hold.
-    The folder appears under its name only once everything in it is on disk. Raises UserError where it cannot be
+    The folder appears under its name only once everything in it is on disk. Raises UserError if it cannot be
     written, on a full disk for example.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
@@ -52,10 +52,10 @@ def save_checkpoint(folder, step, tensors, state, keep):
 
 
 def check_equal_state(modules, accelerator):
-    """Raise RuntimeError where modules, {name: module}, differ between processes, which one process is to save.
+    """Raise RuntimeError if modules, {name: module}, differ between processes: only one process will save its copy.
 
-    Nothing repairs a difference in what lives outside DDP, so none may go unnoticed. All processes call it together.
-    Returns whether all of their numbers are finite.
+    Nothing repairs a difference in what lives outside DDP, so none may go unnoticed. All processes call this together.
+    Returns whether all numbers are finite.
     """
     finite = True
     for name, module in modules.items():
@@ -63,13 +63,13 @@ def check_equal_state(modules, accelerator):
         everywhere = accelerator.gather(sums[None])  # (processes, tensors)
         same = everywhere.eq(everywhere[0]) | (everywhere.isnan() & everywhere[0].isnan())  # diverged on all alike
         if not same.all():
-            raise RuntimeError(f"{name} differs between processes: an update is missing on some, or not the same")
+            raise RuntimeError(f"{name} differs between processes: an update is missing on some of them, or differs")
         finite = finite and bool(everywhere.isfinite().all())
     return finite
 
 
 def weights_digest(weights):
-    """SHA-256 of a state dict, {key: tensor}: of its keys and of every bit of its values."""
+    """SHA-256 of the keys and every bit of the values of a state dict, {key: tensor}."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(key.encode())
@@ -78,7 +78,7 @@ def weights_digest(weights):
 
 
 def complete_checkpoints(folder):
-    """The checkpoints in `folder` that lack no file, oldest first."""
+    """The checkpoints in `folder` that have all of their files, oldest first."""
 
     def is_complete(path):
         if not (path / "state.json").exists():
@@ -111,7 +111,7 @@ def load_checkpoint(path, fields=None):
 
 
 def optimizer_tensors(optimizer):
-    """An optimizer's per-parameter state as {"parameter.name": tensor}; its settings are not a state but flags."""
+    """An optimizer's state of each parameter as {"parameter.name": tensor}. Its settings come from the flags."""
     state = optimizer.state_dict()["state"]
     return {
         f"{parameter}.{name}": torch.as_tensor(value)
@@ -122,14 +122,14 @@ def optimizer_tensors(optimizer):
 
 
 def load_optimizer_tensors(optimizer, tensors):
-    """Put back what `optimizer_tensors` gave."""
+    """Restore what `optimizer_tensors` returned."""
     whole = optimizer.state_dict()
     whole["state"] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         like = parameters[int(index)]
-        if value.shape == like.shape:  # in the weight's layout, not the file's: fused updates need them alike
+        if value.shape == like.shape:  # in the layout of the weight, because fused updates need both to have the same
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         whole["state"].setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(whole)
@@ -166,7 +166,7 @@ def read_metrics(path, points=None):
 
 
 def trim_metrics(path, step):
-    """Drop what metrics.jsonl says of later steps, which the resumed run will take again."""
+    """Drop the lines of metrics.jsonl about later steps, which the resumed run will take again."""
     partial = Path(f"{path}.partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
     sync(partial)

@@ -290,7 +290,7 @@ def has_labels(dataset):
 
 
 def count_classes(train_set, test_set, name):
-    """The number of classes. Raises UserError where images have no labels that a classifier could learn."""
+    """The number of classes. Raises UserError if images have no labels that a classifier could learn."""
     if "label" not in train_set.column_names:
         raise UserError(f"--data {name} has no labels, which a linear probe needs; --label-column may name a column")
     if test_set is not None and "label" not in test_set.column_names:

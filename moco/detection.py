@@ -86,9 +86,9 @@ def is_coco(name):
 
 
 def trainable(records, name, left_out):
-    """The records with boxes in them, each clipped to its image; what goes is counted in `left_out`.
+    """The records that have boxes, clipped to their images; what is dropped is counted in `left_out`.
 
-    Raises UserError where nothing is left. Objects marked difficult stay, as in the reference.
+    Raises UserError if nothing is left. Objects marked difficult stay, as in the reference.
     """
     kept = []
     for record in records:
@@ -135,7 +135,7 @@ def scene_records(split):
 
 
 def voc_records(devkit, year, split, left_out):
-    """One image set of a VOCdevkit folder, boxes from 1 and inclusive there as (xmin - 1, ymin - 1, xmax, ymax)."""
+    """One image set of a VOCdevkit folder. Its boxes, counted from 1 and inclusive, become (x - 1, y - 1, x2, y2)."""
     root = devkit / f"VOC{year}"
     image_set = root / "ImageSets" / "Main" / f"{split}.txt"
     if not image_set.exists():

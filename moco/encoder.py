@@ -66,14 +66,14 @@ def momentum_update(query_encoder, key_encoder, momentum):
 
     BatchNorm statistics are not averaged: the key encoder gathers its own. `query_encoder` may be wrapped (DDP,
     compile), as the order of parameters stays the same. momentum: in [0, 1).
-    One fused call, about 3 times as fast as a loop over the parameters on a CPU and one launch a dtype on a GPU.
+    One fused call: about 3 times as fast as a loop over the parameters on a CPU, and few launches on a GPU.
     Source: arXiv:1911.05722, equation 2.
     """
     torch._foreach_lerp_(list(key_encoder.parameters()), list(query_encoder.parameters()), 1 - momentum)
 
 
 def average_tensors(tensors, accelerator):
-    """Replace tensors by their mean over processes, in place and in one message."""
+    """Replace tensors by their mean over processes, in place, with one all-reduce."""
     mean = accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
     parts = mean.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
@@ -83,8 +83,8 @@ def average_tensors(tensors, accelerator):
 def average_statistics(modules, accelerator):
     """Replace BatchNorm's running statistics by their mean over processes, in place.
 
-    Called each step, it keeps the whole state of a run equal on every process, so that any of them can evaluate or
-    save it. It sends 0.4 MB for two ResNet-50, where the gradients are 112 MB.
+    Called after each step, this keeps the whole state of a run equal on every process, so that any of them can evaluate
+    or save it. It sends 0.4 MB for two ResNet-50; the gradients are 112 MB.
     """
     statistics = [b for module in modules for b in module.buffers() if b.is_floating_point()]
     if accelerator.num_processes > 1 and statistics:

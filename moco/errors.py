@@ -36,7 +36,7 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        # One that a DataLoader's worker met comes with its traceback, of which the last line is the message.
+        # An error of a DataLoader's worker comes with its traceback; the last line is the message.
         *traceback, last = str(error).splitlines()
         message, alone = last.removeprefix("moco.errors.UserError: "), bool(traceback) or error.alone
     except torch.OutOfMemoryError as error:

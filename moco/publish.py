@@ -27,11 +27,11 @@ AP_RULES = {
 
 
 def push_backbone(run, name, private=False):
-    """Upload a run's backbone with its model card; the repository is created where it is not there.
+    """Upload a run's backbone with its model card; the repository is created if it does not exist.
 
     run: a run folder of train_moco.py or linear_probe.py, or a folder of `save_backbone`. name: USER/NAME.
     Everything is written to the folder before anything is sent, so that a push which fails can be repeated.
-    Returns the repository's address. Raises UserError where there is nothing to push or the Hub does not take it.
+    Returns the repository's address. Raises UserError if there is nothing to push or the Hub does not take it.
     """
     folder = prepare_folder(Path(run), name)
     private_flag = " --private" if private else ""
@@ -62,7 +62,7 @@ def push_backbone(run, name, private=False):
 
 
 def check_push(name):
-    """Raise UserError at once where a push to `name` at the end of a run could not succeed for want of a login."""
+    """Raise UserError before a run whose push to `name` at its end could not succeed without a login."""
     try:
         huggingface_hub.utils.validate_repo_id(name)
         if "/" not in name:
@@ -142,7 +142,7 @@ def model_card(config, results, name, with_curves):
         library_name=None if small else "timm",
         pipeline_tag="image-feature-extraction",
         tags=["image-feature-extraction", *([] if small else ["timm", "transformers"]), "moco"],
-        license="mit" if settings.get("recipe") else "other",  # of imported weights the source's, which is not known
+        license="mit" if settings.get("recipe") else "other",  # imported weights keep their own, which is not known
         datasets=[settings["data"]] if settings.get("data_on_hub") else None,
         metrics=["accuracy"],
         model_name=name.split("/")[-1],

@@ -22,8 +22,8 @@ CURVE_POINTS = 400  # drawn of a log at most: every line of a long one would tak
 def save_views(path, dataset, rows, recipe, size, batch_size, seed):
     """Images of the first step, a column each: the image with its two crops, the query view and the key view.
 
-    rows: [(epoch, index), ...], the first of process 0 in step 0; the views are those that the encoders get of
-    them, made by the same functions, only the normalisation is undone.
+    rows: [(epoch, index), ...], the first of process 0 in step 0. The views are what the encoders get, made by the same
+    functions; only the normalisation is undone.
     """
     images = [read_image(dataset, index)[0] for _, index in rows]
     boxes = [
@@ -56,8 +56,8 @@ def save_views(path, dataset, rows, recipe, size, batch_size, seed):
 def save_curves(path, metrics, candidates):
     """Loss beside its chance level, contrast accuracy, kNN and learning rate over epochs.
 
-    metrics: path of metrics.jsonl. candidates: among which the positive is to be found, for the chance level: 1 + K,
-    or SimCLR's 2N - 1.
+    metrics: path of metrics.jsonl. candidates: how many the positive is among, for the chance level: 1 + K, or
+    SimCLR's 2N - 1.
     """
     lines = read_metrics(metrics, CURVE_POINTS)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")

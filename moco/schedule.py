@@ -39,11 +39,11 @@ def warmup_cosine_rate(base_lr, step, warmup, total):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each weight is in proportion to the weight: scaled by trust * |w| / |gradient|.
+    """SGD with momentum whose update of each weight is scaled by trust * |weight| / |gradient|.
 
-    The gradient is that with weight decay; the learning rate is inside the momentum. Biases and BatchNorm (tensors of
-    one dimension) are neither decayed nor scaled. Where one of the norms is 0 the scale is 1.
-    Source: arXiv:1708.03888, as SimCLR's code has it; other implementations differ in each of these points.
+    The gradient includes weight decay, and the learning rate is inside the momentum. Biases and BatchNorm (tensors of
+    one dimension) are neither decayed nor scaled. If one of the norms is 0, the scale is 1.
+    Source: arXiv:1708.03888, as in SimCLR's code; other implementations differ in each of these points.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):

@@ -16,9 +16,9 @@ def shuffle_order(seed, step, batch_size):
 
 
 def exchange_rows(images, order, accelerator):
-    """Rows order[rank * n : (rank + 1) * n] of the global batch, of which this process holds n rows.
+    """Rows order[rank * n : (rank + 1) * n] of the global batch; this process holds n rows of it.
 
-    One all-to-all moves just the rows that change place, where gathering would send every row to every process.
+    One all-to-all moves only the rows that change place; gathering would send every row to every process.
     Returns (n, C, H, W), channels-last.
     """
     world, rank, n = accelerator.num_processes, accelerator.process_index, len(images)
@@ -47,7 +47,7 @@ def encode_keys(key_encoder, images, order, micro_batch, accelerator):
     images: this process's (N, 3, H, W). order: a permutation of the global batch, equal on all processes.
     micro_batch: images in a forward pass.
     Returns all keys (global N, C) in sample order, L2-normalised, float32 (float64 from a float64 encoder).
-    Raises ValueError where the sizes do not divide.
+    Raises ValueError if the sizes do not divide.
     Source: arXiv:1911.05722, section 3.3, with BatchNorm groups in the place of GPUs.
     """
     n, total = len(images), len(images) * accelerator.num_processes
