@@ -32,7 +32,7 @@ from moco.encoder import average_statistics, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.flags import at_least, folder, positive, seed
 from moco.jsonfile import write_json
-from moco.launch import device_in_words, provenance, start_accelerator
+from moco.launch import core_count, device_in_words, provenance, start_accelerator
 from moco.publish import check_push, public_name
 from moco.report import save_detection_curves, save_detections
 from moco.run import Run
@@ -240,7 +240,7 @@ def parse_args():
     add("--box-format", choices=("xywh", "xyxy"), default="xywh", help="of boxes from the Hub")
     sides = "short sides, one drawn for each image; tests use the last [480 512 ... 800, COCO: from 640]"
     add("--image-size", type=at_least(32), metavar="PIXELS", nargs="+", help=sides)
-    add("--workers", type=at_least(0), metavar="N", default=8, help="data-loading processes for each process")
+    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("detector").add_argument
     add("--bn", choices=("sync", "frozen"), default="sync", help="sync: trained, over all processes")
     add("--micro-batch", type=at_least(1), metavar="N", default=2, help="images in a forward pass of a process")

@@ -23,7 +23,7 @@ from moco.errors import UserError, one_line_errors
 from moco.flags import at_least, below_one, folder, not_negative, positive, seed
 from moco.jsonfile import write_json
 from moco.knn import cache_features, default_k, extract_features, feature_bank, feature_batches, knn_evaluate
-from moco.launch import device_in_words, provenance, start_accelerator
+from moco.launch import core_count, device_in_words, provenance, start_accelerator
 from moco.publish import check_push, public_name
 from moco.run import Run
 from moco.schedule import learning_rate
@@ -255,7 +255,7 @@ def parse_args():
     add("--no-streaming", action="store_true", help="download parquet files instead of streaming them")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
     add("--image-size", type=at_least(16), metavar="PIXELS", help="side of a crop [the backbone's, else 224]")
-    add("--workers", type=at_least(0), metavar="N", default=8, help="data-loading processes for each process")
+    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("classifier").add_argument
     add("--lr", type=positive, metavar="LR", nargs="+", default=[30.0], help="if several, all are trained at once [30]")
     add("--epochs", type=at_least(1), metavar="N", default=100, help="lr / 10 at 60 %% and 80 %% of them")

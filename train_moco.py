@@ -30,7 +30,7 @@ from moco.encoder import average_statistics, build_encoder, momentum_update, res
 from moco.errors import UserError, one_line_errors
 from moco.flags import at_least, below_one, folder, not_negative, positive, seed
 from moco.knn import knn_monitor
-from moco.launch import device_in_words, provenance, start_accelerator
+from moco.launch import core_count, device_in_words, provenance, start_accelerator
 from moco.publish import check_push, push_backbone
 from moco.report import save_curves, save_views
 from moco.run import Run
@@ -128,6 +128,8 @@ def main():
     args.mixed_precision = accelerator.mixed_precision
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
+    if args.micro_batch is None:  # a ResNet-50 holds 90 MB for each image of 224 pixels, in float32
+        args.micro_batch = max(1, 2**20 // args.image_size**2) if device.type == "cpu" else 256
     check_args(args, world, device.type)
     if args.push_to_hub and is_main:
         check_push(args.push_to_hub)
@@ -267,7 +269,7 @@ def parse_args():
     add("--no-streaming", action="store_true", help="download parquet files instead of streaming them")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
     add("--image-size", type=at_least(16), metavar="PIXELS", default=224, help="side of a view")
-    add("--workers", type=at_least(0), metavar="N", default=8, help="data-loading processes for each process")
+    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=RECIPES, default="v2", help="row of the ablation, or simclr; sets defaults")
     add("--head", choices=("fc", "mlp"), help="projection head")
@@ -285,7 +287,7 @@ def parse_args():
     add("--epochs", type=at_least(1), metavar="N", default=200, help="passes over the data")
     add("--batch-size", type=at_least(1), metavar="N", default=256, help="images in a step, over all processes")
     add("--bn-batch", type=at_least(2), metavar="N", default=32, help="of one BatchNorm [%(default)s; simclr: all]")
-    add("--micro-batch", type=at_least(1), metavar="N", default=256, help="images in a forward pass, if memory allows")
+    add("--micro-batch", type=at_least(1), metavar="N", help="images in one pass [GPU: 256; CPU: a million pixels]")
     add("--lr", type=positive, metavar="LR", default=0.03, help="not scaled [%(default)s; simclr: 0.3 x batch / 256]")
     add("--warmup-epochs", type=at_least(0), metavar="N", default=10, help="of schedule warmup-cosine")
     add("--sgd-momentum", type=below_one, metavar="M", default=0.9, help="of the optimizer")
