@@ -8,26 +8,34 @@ accelerate launch detect_transfer.py --output RUN/detection --resume            
 
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from moco import flags
+from moco import flags, shapes
 from moco.backbone import load_backbone, push_loaded
 from moco.batches import loader
-from moco.checkpoint import read_metrics, weights_digest, write_json
+from moco.checkpoint import read_metrics, weights_digest
 from moco.coco import check_pycocotools
-from moco.detection import DetectionImages, evaluate_detections, is_coco, load_detection, micro_batch_rows
+from moco.detection import (
+    DetectionImages,
+    evaluate_detections,
+    is_coco,
+    load_detection,
+    micro_batch_rows,
+    record_fingerprint,
+)
 from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
 from moco.encoder import average_statistics, resnet_names
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, positive, seed
+from moco.flags import at_least, folder, positive, seed
+from moco.jsonfile import write_json
+from moco.launch import core_count, device_in_words, provenance, start_accelerator
 from moco.publish import check_push, public_name
 from moco.report import save_detection_curves, save_detections
-from moco.run import Run, provenance, start_accelerator
+from moco.run import Run
 from moco.schedule import warmup_step_rate
 
 # The reference's configurations, by the data; each entry is the default of the flag of its name.
@@ -36,8 +44,9 @@ COCO = {"image_size": [*range(640, 801, 32)], "schedule": "2x", "warmup": 1000}
 COCO_ITERATIONS = {"1x": 90_000, "2x": 180_000}
 # What --data shapes sets, so that two CPU cores finish in minutes.
 SHAPES = {
-    "image_size": [96], "anchor_sizes": [40, 64], "roi_batch": 16, "batch_size": 4, "micro_batch": 4,
-    "iterations": 300, "warmup": 30, "lr": 0.01, "workers": 1, "checkpoint_every": 100, "log_every": 10,
+    "data_version": shapes.VERSION, "image_size": [96], "anchor_sizes": [40, 64], "roi_batch": 16, "batch_size": 4,
+    "micro_batch": 4, "iterations": 300, "warmup": 30, "lr": 0.01, "workers": 1, "checkpoint_every": 100,
+    "log_every": 10,
 }  # fmt: skip
 MILESTONES = {"VOC": (3 / 4, 11 / 12), "COCO": (2 / 3, 8 / 9)}  # of the iterations, where the learning rate is / 10
 LONGEST = 1333  # pixels: INPUT.MAX_SIZE
@@ -105,7 +114,7 @@ def headline(scores):
 
 def main():
     args = parse_args()
-    accelerator = start_accelerator(args.mixed_precision, args.data == "shapes")
+    accelerator = start_accelerator(args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -116,6 +125,7 @@ def main():
     # ---- backbone and data
     with accelerator.local_main_process_first():  # one process a machine downloads, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        shapes.check_version(known.get("settings", {}), args.data)
         data = load_detection(args.data, args.years, args.box_format)
     digest = weights_digest(backbone.state_dict())
     if len(data.train) < args.batch_size:
@@ -150,6 +160,7 @@ def main():
         args.output, accelerator, {"detector": unwrapped}, optimizer, settings=vars(args), images=len(data.train),
         batch_size=args.batch_size, total_steps=args.iterations, checkpoint_every=args.checkpoint_every,
         keep=args.keep, resume=args.resume, evaluate=args.evaluate, backbone_sha256=digest,
+        fingerprint=record_fingerprint(data.train),
         steps_per_epoch=(len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size,
     )  # fmt: skip
 
@@ -229,7 +240,7 @@ def parse_args():
     add("--box-format", choices=("xywh", "xyxy"), default="xywh", help="of boxes from the Hub")
     sides = "short sides, one drawn for each image; tests use the last [480 512 ... 800, COCO: from 640]"
     add("--image-size", type=at_least(32), metavar="PIXELS", nargs="+", help=sides)
-    add("--workers", type=at_least(0), metavar="N", default=8, help="data-loading processes for each process")
+    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("detector").add_argument
     add("--bn", choices=("sync", "frozen"), default="sync", help="sync: trained, over all processes")
     add("--micro-batch", type=at_least(1), metavar="N", default=2, help="images in a forward pass of a process")
@@ -242,10 +253,10 @@ def parse_args():
     add("--warmup", type=at_least(0), metavar="N", help="steps with a rising learning rate [100, COCO: 1000]")
     add("--batch-size", type=at_least(1), metavar="N", default=16, help="images in a step, over all processes")
     add("--lr", type=positive, metavar="LR", default=0.02, help="/ 10 at 3/4, 11/12; COCO 2/3, 8/9 [%(default)s]")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add("--seed", type=seed, metavar="N", default=0, help="of new weights, order, sizes, flips, regions")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, metavar="RUN", help="run folder [detection/ in the backbone's, or in runs/]")
+    add("--output", type=folder, metavar="RUN", help="run folder [detection/ in the backbone's, or in runs/]")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(0), metavar="STEPS", default=0, help="0: only at the end [%(default)s]")
@@ -292,7 +303,7 @@ def check_args(args, processes):
         check_pycocotools(args.data)
     elif args.schedule:
         raise UserError(f"--schedule {args.schedule} is for COCO folders, which {args.data} is not; use --iterations")
-    flags.check_output(args.output, args.resume or args.evaluate)
+    flags.check_output(args.output, args.resume or args.evaluate, args.data)
 
 
 def print_settings(args, arch, data, milestones, processes):
@@ -304,6 +315,7 @@ def print_settings(args, arch, data, milestones, processes):
         f"from    {args.backbone}",
         f"data    {args.data}: {len(data.train)} images to train on, short side {sizes}, {len(data.classes)} classes",
         f"batch   {args.batch_size} = {processes} processes x {passes} micro-batches x {args.micro_batch} images",
+        f"device  {device_in_words(args.workers)}",
         f"SGD     {args.iterations} iterations, lr {args.lr}, / 10 at {' and '.join(map(str, milestones))}, warm-up"
         f" {args.warmup}, mixed precision {args.mixed_precision}",
         f"test    {len(data.test)} images, {data.metric}'s metric",

@@ -7,29 +7,29 @@ accelerate launch linear_probe.py --backbone USER/NAME --cached-features --knn m
 accelerate launch linear_probe.py --output RUN/linear_probe --resume           continue where it stopped
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import flags
+from moco import flags, shapes
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width, load_backbone, push_loaded
 from moco.batches import CachedFeatures, LabelledCrops, loader
-from moco.checkpoint import weights_digest, write_json
+from moco.checkpoint import weights_digest
 from moco.data import batch_rows, count_classes, load_splits
 from moco.decode import check_undecodable, read_image
 from moco.encoder import average_tensors, resnet_names
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, below_one, not_negative, positive, seed
-from moco.knn import cache_features, extract_features, feature_bank, feature_batches, knn_evaluate
+from moco.flags import at_least, below_one, folder, not_negative, positive, seed
+from moco.jsonfile import write_json
+from moco.knn import cache_features, default_k, extract_features, feature_bank, feature_batches, knn_evaluate
+from moco.launch import core_count, device_in_words, provenance, start_accelerator
 from moco.publish import check_push, public_name
-from moco.run import Run, provenance, start_accelerator
+from moco.run import Run
 from moco.schedule import learning_rate
 
 # What --data shapes changes, so that two CPU cores finish in minutes.
-SHAPES = {"image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
+SHAPES = {"data_version": shapes.VERSION, "image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
 HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among several --lr: at most, and share at most
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
@@ -115,6 +115,7 @@ def main():
     # ---- backbone
     with accelerator.local_main_process_first():  # one process a machine downloads or draws, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        shapes.check_version(known.get("settings", {}), args.data)
     train_set, test_set = load_splits(
         args.data, args.image_column, args.label_column, args.revision, not args.no_streaming, args.cache, args.cache_gb
     )
@@ -150,7 +151,8 @@ def main():
     run = Run(
         args.output, accelerator, {"classifiers": classifiers}, optimizer, settings=vars(args), images=len(train_set),
         batch_size=args.batch_size, total_steps=args.epochs * steps_per_epoch, checkpoint_every=args.checkpoint_every,
-        keep=args.keep, resume=args.resume, evaluate=args.evaluate, backbone_sha256=digest,
+        keep=args.keep, resume=args.resume, fingerprint=train_set.fingerprint(), evaluate=args.evaluate,
+        backbone_sha256=digest,
         order=None if args.cached_features else train_set.order(world, args.workers, args.shuffle_window),
         finite=False,  # of several classifiers some may diverge while others learn
         traffic=train_set.traffic,
@@ -212,7 +214,7 @@ def main():
             classifier["held_out_top1"] = top1
         chosen = max(range(len(args.lr)), key=lambda i: results["classifiers"][i]["held_out_top1"])
     results |= results["classifiers"][chosen]
-    if args.knn:
+    if args.knn is not None:
         results["knn_temperature"] = args.knn_temperature
         features, labels, failed = extract_features(
             backbone, test_set, range(len(test_set)), args.image_size, args.workers, accelerator
@@ -221,7 +223,8 @@ def main():
             backbone, bank_set, range(len(bank_set)), args.image_size, args.workers, accelerator
         )
         run.check_decoded(failed + failed_too, len(test_set) + len(bank_set))
-        found = knn_evaluate(features, labels, bank, bank_labels, classes, args.knn, args.knn_temperature, accelerator)
+        ks = args.knn or [default_k(len(bank_set))]
+        found = knn_evaluate(features, labels, bank, bank_labels, classes, ks, args.knn_temperature, accelerator)
         results["knn"] = {str(k): accuracy for k, accuracy in found.items()}
     results |= {"undecodable": len(run.named), "settings": vars(args) | {"output": str(args.output)}}
     results |= provenance(world)
@@ -255,7 +258,7 @@ def parse_args():
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
     add("--image-size", type=at_least(16), metavar="PIXELS", help="side of a crop [the backbone's, else 224]")
-    add("--workers", type=at_least(0), metavar="N", default=8, help="data-loading processes for each process")
+    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("classifier").add_argument
     add("--lr", type=positive, metavar="LR", nargs="+", default=[30.0], help="if several, all are trained at once [30]")
     add("--epochs", type=at_least(1), metavar="N", default=100, help="lr / 10 at 60 %% and 80 %% of them")
@@ -266,10 +269,16 @@ def parse_args():
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="of the backbone [as accelerate launch says]")
     add("--seed", type=seed, metavar="N", default=0, help="of the weights, the order and the crops")
     add = parser.add_argument_group("kNN").add_argument
-    add("--knn", type=at_least(1), metavar="K", nargs="*", help="also kNN with these K; 200 if none is given [off]")
+    add(
+        "--knn",
+        type=at_least(1),
+        metavar="K",
+        nargs="*",
+        help="also kNN with these K; 200 or fewer if none is given",
+    )
     add("--knn-temperature", type=positive, metavar="T", default=0.07, help="of the votes")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, metavar="RUN", help="run folder [linear_probe/ in the backbone's, or in runs/]")
+    add("--output", type=folder, metavar="RUN", help="run folder [linear_probe/ in the backbone's, or in runs/]")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(1), metavar="EPOCHS", default=10, help="and at the end")
@@ -289,8 +298,6 @@ def parse_args():
         raise UserError("--backbone is missing: name a run folder, a file, USER/NAME on the Hub, or 'random'")
     if args.backbone == "random" and args.arch is None:
         args.arch = "resnet10" if args.data == "shapes" else "resnet50"
-    if args.knn == []:
-        args.knn = [200]
     return args
 
 
@@ -299,7 +306,7 @@ def check_args(args, processes):
     if len(set(args.lr)) < len(args.lr):
         raise UserError(f"--lr {' '.join(map(str, args.lr))} has a value twice; name each once")
     flags.check_batch(args.batch_size, processes, "", 1)
-    flags.check_output(args.output, args.resume or args.evaluate)
+    flags.check_output(args.output, args.resume or args.evaluate, args.data)
 
 
 def print_settings(args, arch, width, counts, processes):
@@ -310,6 +317,7 @@ def print_settings(args, arch, width, counts, processes):
         f"model   {args.backbone}: {arch}, {width} features, frozen; {len(args.lr)} linear classifiers",
         f"data    {args.data}: {train} images at {args.image_size} pixels, {classes} classes, {steps} steps an epoch",
         f"batch   {args.batch_size} over {processes} processes",
+        f"device  {device_in_words(args.workers)}",
         f"SGD     {args.epochs} epochs, lr {' '.join(f'{lr:g}' for lr in args.lr)}, momentum {args.sgd_momentum},"
         f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
         f"test    {validation} images" + (f"; {held_out} of training held out choose the lr" if held_out else ""),

@@ -8,7 +8,6 @@ accelerate launch train_moco.py --recipe simclr        the end-to-end counterpar
 """
 
 import copy
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from moco import flags
+from moco import flags, shapes
 from moco.augment import AUGMENTATIONS, ViewAugment, sample_params
 from moco.backbone import save_backbone
 from moco.batches import train_batches
@@ -29,11 +28,12 @@ from moco.data import has_labels, load_splits
 from moco.decode import read_image
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, below_one, not_negative, positive, seed
+from moco.flags import at_least, below_one, folder, not_negative, positive, seed
 from moco.knn import knn_monitor
+from moco.launch import core_count, device_in_words, provenance, start_accelerator
 from moco.publish import check_push, push_backbone
 from moco.report import save_curves, save_views
-from moco.run import Run, start_accelerator
+from moco.run import Run
 from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
 
@@ -52,38 +52,48 @@ RECIPES = {
 }  # fmt: skip
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {
-    "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998, "epochs": 40,
-    "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
+    "data_version": shapes.VERSION, "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998,
+    "epochs": 40, "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
 }  # fmt: skip
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
-    "output", "resume", "data", "cache", "cache_gb", "workers", "shuffle_window", "keep", "checkpoint_every",
-    "log_every", "knn_every", "tracker", "push_to_hub",
+    "output", "resume", "data", "cache", "cache_gb", "workers", "shuffle_window", "micro_batch", "keep",
+    "checkpoint_every", "log_every", "knn_every", "tracker", "push_to_hub",
 }  # fmt: skip
 
 
 def moco_step(
-    query_encoder, key_encoder, queue, optimizer, views, order, accelerator, *, temperature, encoder_momentum, bn_batch
+    query_encoder,
+    key_encoder,
+    queue,
+    optimizer,
+    views,
+    order,
+    accelerator,
+    *,
+    temperature,
+    encoder_momentum,
+    micro_batch,
 ):
     """A training step of MoCo: Algorithm 1 of arXiv:1911.05722, with shuffled BatchNorm.
 
     views: this process's query and key images, (n, 3, S, S) each; N = n x processes is the global batch.
-    order: (N,), the shuffle of the keys. bn_batch: images that share BatchNorm statistics.
+    order: (N,), the shuffle of the keys. micro_batch: images in a forward pass.
     Returns the loss and the accuracy in percent (how often the positive scores highest) of this process's images.
     """
     query_images, key_images = views
     momentum_update(query_encoder, key_encoder, encoder_momentum)
-    keys = encode_keys(key_encoder, key_images, order, bn_batch, accelerator)  # keys of all processes: (N, C)
+    keys = encode_keys(key_encoder, key_images, order, micro_batch, accelerator)  # keys of all processes: (N, C)
     own_keys = keys.chunk(accelerator.num_processes)[accelerator.process_index]  # (n, C)
-    groups = list(zip(query_images.split(bn_batch), own_keys.split(bn_batch), strict=True))
+    parts = list(zip(query_images.split(micro_batch), own_keys.split(micro_batch), strict=True))
     total_loss, correct = 0, 0
-    for i, (images, k) in enumerate(groups):
-        # Gradients add up over the groups; the last backward pass averages them over processes.
-        with nullcontext() if i == len(groups) - 1 else accelerator.no_sync(query_encoder):
-            q = F.normalize(query_encoder(images), dim=1)  # queries: (bn_batch, C)
-            logits = contrastive_logits(q, k, queue.keys, temperature)  # (bn_batch, 1 + K)
+    for i, (images, k) in enumerate(parts):
+        # Gradients add up over the parts; the last backward pass averages them over processes.
+        with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(query_encoder):
+            q = F.normalize(query_encoder(images), dim=1)  # queries: (micro_batch, C)
+            logits = contrastive_logits(q, k, queue.keys, temperature)  # (micro_batch, 1 + K)
             labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # the positive is column 0
-            loss = F.cross_entropy(logits, labels) / len(groups)
+            loss = F.cross_entropy(logits, labels) / len(parts)
             accelerator.backward(loss)
         total_loss += loss.detach()
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -97,7 +107,8 @@ def moco_step(
 def simclr_step(encoder, optimizer, views, accelerator, *, temperature, bn_batch):
     """A training step of SimCLR: Algorithm 1 of arXiv:2002.05709. Every view is a query, and the batch is the queue.
 
-    views, bn_batch: as for `moco_step`. Returns the loss and the accuracy in percent, both over the global batch.
+    views: as for `moco_step`. bn_batch: images that share BatchNorm statistics, with both of their views.
+    Returns the loss and the accuracy in percent, both over the global batch.
     """
     groups = zip(*(view.split(bn_batch) for view in views), strict=True)
     pairs = [F.normalize(encoder(torch.cat(group)), dim=1).chunk(2) for group in groups]
@@ -113,11 +124,12 @@ def simclr_step(encoder, optimizer, views, accelerator, *, temperature, bn_batch
 
 def main():
     args = parse_args()
-    in_bf16 = args.data == "shapes"  # if it is fast there
-    accelerator = start_accelerator(args.mixed_precision, in_bf16, log_with=args.tracker, project_dir=args.output)
+    accelerator = start_accelerator(args.mixed_precision, log_with=args.tracker, project_dir=args.output)
     args.mixed_precision = accelerator.mixed_precision
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
+    if args.micro_batch is None:  # a ResNet-50 holds 90 MB for each image of 224 pixels, in float32
+        args.micro_batch = max(1, 2**20 // args.image_size**2) if device.type == "cpu" else 256
     check_args(args, world, device.type)
     if args.push_to_hub and is_main:
         check_push(args.push_to_hub)
@@ -136,7 +148,8 @@ def main():
     total_steps = args.epochs * steps_per_epoch
     n = args.batch_size // world  # images of this process in a step
     own_rows = slice(rank * n, (rank + 1) * n)  # of the global batch
-    micro_batches = max(1, n // args.bn_batch)
+    groups = max(1, n // args.bn_batch)  # of BatchNorm
+    passes = next(p for p in range(1, groups + 1) if groups % p == 0 and n // p <= max(args.micro_batch, args.bn_batch))
     candidates = 2 * args.batch_size - 1 if args.end_to_end else 1 + args.queue_size  # one of them is the positive
 
     def rows_from(step):
@@ -144,10 +157,12 @@ def main():
 
     # ---- encoders and queue: equal on every process, because their seed and their updates are
     torch.manual_seed(args.seed)
-    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem).to(memory_format=torch.channels_last)
+    bn_batch = None if args.end_to_end else args.bn_batch  # simclr_step makes a pass of each group
+    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch)
+    query_encoder.to(memory_format=torch.channels_last)
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # running statistics look back over equally many steps on any hardware
-            module.momentum = 0.1 / micro_batches
+            module.momentum = 0.1 / groups
     kept = {}  # what is saved besides the query encoder
     if not args.end_to_end:
         key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(device)
@@ -167,11 +182,11 @@ def main():
 
     # ---- the run
     if is_main:
-        print_settings(args, train_set, test_set, world, micro_batches, candidates)
+        print_settings(args, train_set, test_set, world, passes, candidates)
     run = Run(
         args.output, accelerator, {"query_encoder": unwrapped, **kept}, optimizer, settings=vars(args),
         images=len(train_set), batch_size=args.batch_size, total_steps=total_steps, keep=args.keep,
-        checkpoint_every=args.checkpoint_every, resume=args.resume,
+        checkpoint_every=args.checkpoint_every, resume=args.resume, fingerprint=train_set.fingerprint(),
         order=train_set.order(world, args.workers, args.shuffle_window), traffic=train_set.traffic,
     )  # fmt: skip
     if args.tracker:
@@ -214,7 +229,7 @@ def main():
             order = shuffle_order(args.seed, step, args.batch_size)
             loss, accuracy = moco_step(
                 query_encoder, key_encoder, queue, optimizer, views, order, accelerator,
-                temperature=args.temperature, encoder_momentum=args.encoder_momentum, bn_batch=args.bn_batch,
+                temperature=args.temperature, encoder_momentum=args.encoder_momentum, micro_batch=n // passes,
             )  # fmt: skip
         run.record(failed, loss=loss, accuracy=accuracy)
 
@@ -229,8 +244,8 @@ def main():
 
     # ---- what the run leaves
     if is_main:
-        settings = json.loads((args.output / "args.json").read_text())
         tag = ("" if args.end_to_end else "moco_") + args.recipe.replace("-", "_")
+        settings = vars(args) | provenance(world)
         save_backbone(args.output / "backbone", unwrapped, args.arch, args.image_size, tag, settings)
         print(f"backbone, views.png and curves.png are in {args.output}")
         if scores := [line["knn"] for line in read_metrics(run.metrics) if "knn" in line]:
@@ -256,7 +271,7 @@ def parse_args():
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
     add("--image-size", type=at_least(16), metavar="PIXELS", default=224, help="side of a view")
-    add("--workers", type=at_least(0), metavar="N", default=8, help="data-loading processes for each process")
+    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=RECIPES, default="v2", help="row of the ablation, or simclr; sets defaults")
     add("--head", choices=("fc", "mlp"), help="projection head")
@@ -274,14 +289,15 @@ def parse_args():
     add("--epochs", type=at_least(1), metavar="N", default=200, help="passes over the data")
     add("--batch-size", type=at_least(1), metavar="N", default=256, help="images in a step, over all processes")
     add("--bn-batch", type=at_least(2), metavar="N", default=32, help="of one BatchNorm [%(default)s; simclr: all]")
+    add("--micro-batch", type=at_least(1), metavar="N", help="images in one pass [GPU: 256; CPU: a million pixels]")
     add("--lr", type=positive, metavar="LR", default=0.03, help="not scaled [%(default)s; simclr: 0.3 x batch / 256]")
     add("--warmup-epochs", type=at_least(0), metavar="N", default=10, help="of schedule warmup-cosine")
     add("--sgd-momentum", type=below_one, metavar="M", default=0.9, help="of the optimizer")
     add("--weight-decay", type=not_negative, metavar="W", default=1e-4, help="[%(default)s; simclr: 1e-6]")
     add("--seed", type=seed, metavar="N", default=0, help="of weights, queue, order and augmentation")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says; shapes: bf16 if fast]")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=Path, metavar="FOLDER", help="run folder [runs/RECIPE-DATA]")
+    add("--output", type=folder, metavar="FOLDER", help="run folder [runs/RECIPE-DATA]")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
     add("--checkpoint-every", type=at_least(1), metavar="STEPS", default=1000, help="also at the end and on SIGTERM")
     add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
@@ -295,13 +311,15 @@ def parse_args():
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     parser.set_defaults(**RECIPES[given.recipe])
     args = parser.parse_args()
+    if args.output is None:
+        args.output = Path("runs") / f"{args.recipe}-{Path(args.data).resolve().name}"
+    if args.resume:
+        args = flags.parse_resumed(parser, args.output, FREE_ON_RESUME)
     if args.lr is None:
         args.lr = 0.3 * args.batch_size / 256
     if args.bn_batch is None:
         args.bn_batch = args.batch_size
-    if args.output is None:
-        args.output = Path("runs") / f"{args.recipe}-{Path(args.data).resolve().name}"
-    return flags.parse_resumed(parser, args.output, FREE_ON_RESUME) if args.resume else args
+    return args
 
 
 def check_args(args, processes, device_type):
@@ -317,12 +335,20 @@ def check_args(args, processes, device_type):
             f"--bn-batch {args.bn_batch} over {processes} processes needs SyncBatchNorm, which runs on GPUs only; use"
             f" --bn-batch {args.batch_size // processes}"
         )
-    flags.check_output(args.output, args.resume)
+    views = 2 * 3 * args.image_size**2 * args.batch_size // processes
+    flags.check_memory(
+        {
+            f"--queue-size {args.queue_size} x --dim {args.dim}": 4 * args.queue_size * args.dim,
+            f"--batch-size {args.batch_size} views of --image-size {args.image_size}": 4 * views,
+            f"--workers {args.workers} with two batches each": args.workers * 2 * views,
+        }
+    )
+    flags.check_output(args.output, args.resume, args.data)
 
 
-def print_settings(args, train_set, test_set, processes, groups, candidates):
-    """What the run will do, in the papers' terms. groups: BatchNorm micro-batches of a process."""
-    steps, n = len(train_set) // args.batch_size, args.batch_size // processes // groups
+def print_settings(args, train_set, test_set, processes, passes, candidates):
+    """What the run will do, in the papers' terms. passes: through the encoder, of a process in a step."""
+    steps, n = len(train_set) // args.batch_size, args.batch_size // processes // passes
     moco = f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"
     filling = f"; lower for {-(-args.queue_size // args.batch_size)} steps, while the queue fills"
     no_labels = "off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
@@ -331,10 +357,10 @@ def print_settings(args, train_set, test_set, processes, groups, candidates):
         f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
         f"model   {args.arch}, {args.stem} stem, {args.dim} dimensions" + ("" if args.end_to_end else moco),
         f"data    {args.data}: {len(train_set)} images at {args.image_size} pixels, {steps} steps an epoch",
-        f"batch   {args.batch_size} = {processes} processes x {groups} micro-batches x {n} images, BatchNorm over"
-        f" {args.bn_batch}",
+        f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {args.bn_batch}",
         f"{args.optimizer.upper():7} {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum},"
         f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
+        f"device  {device_in_words(args.workers)}",
         f"loss    chance is log({candidates}) = {math.log(candidates):.2f}" + ("" if args.end_to_end else filling),
         "kNN     " + (knn if has_labels(train_set) else no_labels) if args.knn_every else "kNN     off",
         f"output  {args.output}",

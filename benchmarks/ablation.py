@@ -1,11 +1,13 @@
-"""The papers' ablation on the built-in data: each recipe pre-trained and probed, over several seeds.
+"""The papers' ablation: each recipe pre-trained and probed, over several seeds, beside the papers' numbers.
 
-python benchmarks/ablation.py                   the ladder, on two CPU cores about four hours
-python benchmarks/ablation.py --temperatures    the temperature table, about as long again
-python benchmarks/ablation.py --size gpu        the ladder on one GPU
+python benchmarks/ablation.py                        the ladder on the built-in data, on two CPU cores about four hours
+python benchmarks/ablation.py --temperatures         the temperature table, about as long again
+python benchmarks/ablation.py --longer               every row of the ladder four times as long
+python benchmarks/ablation.py --size photographs     five rows on Fashion-MNIST (benchmarks/fashion_mnist.py)
+python benchmarks/ablation.py --size gpu             the ladder on one GPU
 
-Started again it goes on where it stopped; at the end it prints a table and draws runs/ablation-SIZE/ablation.png. The
-papers' ImageNet numbers stand beside ours for their order alone: these are ten patterns of 32 pixels.
+A second call continues where the first stopped. At the end it prints a table and draws runs/ablation-SIZE/NAME.png. The
+papers' ImageNet numbers stand beside ours for their order alone.
 """
 
 import argparse
@@ -35,10 +37,17 @@ from moco.report import save_neighbours
 from moco.shapes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parent.parent
-EPOCHS = {"cpu": 40, "gpu": 100}
-ARCH = {"cpu": "resnet10", "gpu": "resnet18"}
-COMMON = {"cpu": [], "gpu": ["--arch", ARCH["gpu"], "--workers", "4"]}
-JOBS = {"cpu": 2, "gpu": 3}  # runs at a time
+SHAPES = {"data": "shapes", "arch": "resnet10", "epochs": 40, "flags": "", "jobs": 2}
+SIZES = {  # jobs: runs at a time
+    "cpu": SHAPES,
+    "gpu": SHAPES | {"arch": "resnet18", "epochs": 100, "flags": "--workers 4", "jobs": 3},
+    "photographs": {
+        "data": "runs/fashion-mnist", "arch": "resnet10", "epochs": 6, "jobs": 2,
+        "flags": "--image-size 32 --batch-size 128 --bn-batch 64 --queue-size 4096 --encoder-momentum 0.99 --workers 1"
+        " --shuffle-window 20000 --checkpoint-every 500",
+        "rows": ("random", "v1", "v2", "v2, longer", "supervised"),
+    },
+}  # fmt: skip
 TEMPERATURES = (0.07, 0.1, 0.2, 0.3, 0.4, 0.5)
 # row -> (flags of train_moco.py, ImageNet top-1 in the papers); "longer" is four times as long, as 800 epochs to 200.
 LADDER = {
@@ -68,31 +77,33 @@ def temperature_rows():
     return rows
 
 
-def commands(row, flags, seed, size, folder):
-    """The commands of one run: pre-train, then probe."""
-    epochs = EPOCHS[size] * (4 if row == "v2, longer" else 1)
-    common = [*COMMON[size], "--seed", str(seed)]
+def commands(row, flags, seed, size, longer, folder):
+    """The commands of one run: pre-train, then probe. longer: how many times as many epochs."""
+    epochs = size["epochs"] * (4 if row == "v2, longer" else 1) * longer
     resume = ["--resume"] if any(folder.glob("checkpoints/step_*/state.json")) else []
-    probe = ["linear_probe.py", "--data", "shapes", "--seed", str(seed), "--knn"]
+    probe = ["linear_probe.py", "--data", size["data"], "--seed", str(seed), "--knn", "200", "--workers", "1"]
+    if size["data"] != "shapes":
+        probe += ["--image-size", "32", "--epochs", "10"]
     probe += ["--output", str(folder / "linear_probe")]
     probe += ["--resume"] if any(folder.glob("linear_probe/checkpoints/step_*/state.json")) else []
     if row == "random":
-        return [[*probe, "--backbone", "random", "--arch", ARCH[size]]]
+        return [[*probe, "--backbone", "random", "--arch", size["arch"]]]
+    common = ["--data", size["data"], "--arch", size["arch"], "--seed", str(seed), "--output", str(folder)]
     if row == "supervised":
-        pretrain = ["benchmarks/supervised.py", "--epochs", str(EPOCHS[size] // 2)]
+        pretrain = ["benchmarks/supervised.py", *common, "--epochs", str(epochs // 2)]
     else:
-        pretrain = ["train_moco.py", "--data", "shapes", *flags, "--epochs", str(epochs), "--knn-every", "0"]
+        pretrain = ["train_moco.py", *common, *flags, *size["flags"].split(), "--epochs", str(epochs)]
+        pretrain += ["--knn-every", "0", *resume]
     done = (folder / "backbone" / "config.json").exists()
-    begin = [] if done else [[*pretrain, *common, "--output", str(folder), *(resume if row != "supervised" else [])]]
-    return [*begin, [*probe, "--backbone", str(folder)]]
+    return [*([] if done else [pretrain]), [*probe, "--backbone", str(folder)]]
 
 
-def run(row, flags, seed, size, folder, threads):
+def run(row, flags, seed, size, longer, folder, threads):
     """Pre-train and probe one row with one seed, unless it is done; what it prints goes to its folder's log.txt."""
     results = folder / "linear_probe" / "results.json"
     if not results.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for command in commands(row, flags, seed, size, folder):
+        for command in commands(row, flags, seed, size, longer, folder):
             with (folder / "log.txt").open("a") as log:
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                 done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -107,7 +118,7 @@ def summary(values):
 
 
 def print_table(rows, found, seeds):
-    print("\n| recipe | n | built-in data, linear top-1, % | kNN top-1, % | ImageNet linear top-1 in the paper, % |")
+    print("\n| recipe | n | linear top-1, % | kNN top-1, % | ImageNet linear top-1 in the paper, % |")
     print("|---|---|---|---|---|")
     for row, (_, paper) in rows.items():
         top1, knn = (
@@ -125,7 +136,7 @@ def draw(path, rows, found, seeds):
         if value:
             paper.plot(x + 0.2, value, "s", color="tab:orange", fillstyle="none")
     ours.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
-    ours.set_ylabel("built-in data, linear top-1, % (dots: a seed each)", color="tab:blue")
+    ours.set_ylabel("here, linear top-1, % (dots: a seed each)", color="tab:blue")
     paper.set_ylabel("ImageNet, in the paper, % (squares)", color="tab:orange")
     ours.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -174,30 +185,40 @@ def save_contact_sheet(path, columns=12):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--size", choices=EPOCHS, default="cpu", help="[%(default)s]")
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="[%(default)s]")
     parser.add_argument("--temperatures", action="store_true", help="the temperature table in place of the ladder")
+    parser.add_argument("--longer", action="store_true", help="every row four times as long")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time [2; gpu: 3]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     args = parser.parse_args()
+    size = SIZES[args.size]
     rows = temperature_rows() if args.temperatures else LADDER
+    chosen = args.rows or size.get("rows", list(rows))
+    rows = {row: rows[row] for row in chosen if not (args.longer and row == "v2, longer")}
+    name = "temperatures" if args.temperatures else "longer" if args.longer else "ablation"
     output = ROOT / "runs" / f"ablation-{args.size}"
-    name = "temperatures" if args.temperatures else "ablation"
-    threads = max(1, (os.cpu_count() or 1) // JOBS[args.size])
+    parallel, longer = args.jobs or size["jobs"], 4 if args.longer else 1
+    threads = max(1, (os.cpu_count() or 1) // parallel)
     jobs = [(row, flags, seed) for seed in args.seeds for row, (flags, _) in rows.items()]
-    folders = [output / f"{row.replace(' ', '').replace(',', '-')}-seed{seed}" for row, _, seed in jobs]
+    folders = []
+    for row, _, seed in jobs:
+        folder = output / f"{row.replace(' ', '').replace(',', '-')}-seed{seed}"
+        folders.append(folder.with_name(f"{folder.name}-longer") if args.longer and row != "random" else folder)
     found = {}
-    with ThreadPoolExecutor(JOBS[args.size]) as pool:
-        waiting = [pool.submit(run, *job, args.size, folder, threads) for job, folder in zip(jobs, folders)]
+    with ThreadPoolExecutor(parallel) as pool:
+        waiting = [pool.submit(run, *job, size, longer, folder, threads) for job, folder in zip(jobs, folders)]
         for (row, _, seed), result in zip(jobs, tqdm(waiting, unit="run"), strict=True):
             found[row, seed] = result.result()
     print_table(rows, found, args.seeds)
     draw(output / f"{name}.png", rows, found, args.seeds)
     print(f"\n{output / f'{name}.png'}")
-    if not args.temperatures:
+    if name == "ablation" and size["data"] == "shapes" and not args.rows:
         shown = ("random", "v1", "v2", "SimCLR, batch 128")
         of_first_seed = {row: folder for (row, _, seed), folder in zip(jobs, folders) if seed == args.seeds[0]}
-        draw_neighbours(output / "neighbours.png", {row: of_first_seed[row] for row in shown}, ARCH[args.size])
-        save_contact_sheet(output / "shapes.jpg")
-        print(output / "neighbours.png", output / "shapes.jpg", sep="\n")
+        draw_neighbours(output / "neighbours.png", {row: of_first_seed[row] for row in shown}, size["arch"])
+        save_contact_sheet(output / "shapes.png")
+        print(output / "neighbours.png", output / "shapes.png", sep="\n")
 
 
 if __name__ == "__main__":

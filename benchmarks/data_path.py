@@ -23,6 +23,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import MEAN, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
 from moco.batches import CropPairs, loader
+from moco.data import IndexedImages
 from moco.decode import decode_image
 
 BATCH, BATCHES, ROUNDS = 32, 4, 5
@@ -49,22 +50,24 @@ class GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
 
 
-STANDARD = transforms.Compose(
-    [
-        transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        transforms.RandomGrayscale(p=0.2),
-        transforms.RandomApply([GaussianBlur()], p=0.5),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ]
-)
+def standard_transform(size, blur=None):
+    """The official code's transforms of one view for MoCo v2. blur: theirs, else the same written here."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([blur or GaussianBlur()], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
 
 class StandardViews(torch.utils.data.Dataset):
     def __init__(self, files):
-        self.files = files
+        self.files, self.transform = files, standard_transform(224)
 
     def __len__(self):
         return BATCH * BATCHES
@@ -72,7 +75,7 @@ class StandardViews(torch.utils.data.Dataset):
     def __getitem__(self, index):
         with Image.open(io.BytesIO(self.files[index % len(self.files)])) as image:
             image = image.convert("RGB")
-        return STANDARD(image), STANDARD(image)
+        return self.transform(image), self.transform(image)
 
 
 def seconds(batches):
@@ -90,7 +93,7 @@ def our_batches(files):
         features=datasets.Features(image=datasets.Image(decode=False)),
     )
     keys = [([(0, i % len(files)) for i in range(b * BATCH, (b + 1) * BATCH)], ()) for b in range(BATCHES)]
-    return iter(loader(CropPairs(images, 224, seed=0), keys, workers=1))
+    return iter(loader(CropPairs(IndexedImages(images), 224, seed=0), keys, workers=1))
 
 
 def deviation(data, n=40):

@@ -125,10 +125,10 @@ def prepared(encoder, precision, compiled=False):
 
 
 def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=None, compiled=False):
-    """A function that takes `moco_step` on its own random images, as many on each process."""
+    """A function that takes `moco_step`, on random images of each process unless it is given others."""
     accelerator = accelerator or alone(precision)
     torch.manual_seed(0)
-    query_encoder = build_encoder(arch).to(DEVICE, memory_format=torch.channels_last)
+    query_encoder = build_encoder(arch, bn_batch=bn_batch).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
     queue = KeyQueue(queue_size, 128).to(DEVICE)
     optimizer = torch.optim.SGD(query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
@@ -142,11 +142,11 @@ def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=Non
     views = [view.contiguous(memory_format=torch.channels_last) for view in images]
     numbers = itertools.count()
 
-    def step():
+    def step(views=views):
         moco_step(
             query_encoder, key_encoder, queue, optimizer, views,
             shuffle_order(0, next(numbers), accelerator.num_processes * batch), accelerator,
-            temperature=0.2, encoder_momentum=0.999, bn_batch=bn_batch,
+            temperature=0.2, encoder_momentum=0.999, micro_batch=batch,
         )  # fmt: skip
 
     return step

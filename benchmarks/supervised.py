@@ -1,6 +1,6 @@
-"""The supervised row of the comparison: the same encoder trained with labels on the built-in data, then to be probed.
+"""The supervised row of the comparison: the same encoder trained with labels, then to be probed.
 
-python benchmarks/supervised.py --output runs/supervised-shapes
+python benchmarks/supervised.py --data shapes --output runs/supervised-shapes
 python linear_probe.py --data shapes --backbone runs/supervised-shapes
 """
 
@@ -10,23 +10,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
 from moco.batches import LabelledCrops, loader
-from moco.data import load_splits
+from moco.data import count_classes, load_splits
 from moco.encoder import build_encoder
-from moco.run import has_fast_bf16
 from moco.schedule import learning_rate
-from moco.shapes import CLASSES
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="run folder")
+    parser.add_argument("--data", default="shapes", help="what train_moco.py takes [%(default)s]")
     parser.add_argument("--arch", default="resnet10")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -34,14 +33,15 @@ def main():
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bf16(PartialState().device.type) else "no")
+    accelerator = Accelerator()
     device, size = accelerator.device, 32
-    train_set, _ = load_splits("shapes")
+    train_set, test_set = load_splits(args.data)
+    classes = count_classes(train_set, test_set, args.data)
     torch.manual_seed(args.seed)
-    encoder = build_encoder(args.arch, dim=len(CLASSES), head="fc").to(memory_format=torch.channels_last)
+    encoder = build_encoder(args.arch, dim=classes, head="fc").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    rows = train_set.training_rows(args.batch_size, args.seed, 0, 0, 1, args.workers, 800)
+    rows = train_set.training_rows(args.batch_size, args.seed, 0, 0, 1, args.workers, 20_000)
     batches = iter(loader(LabelledCrops(train_set, size, args.seed), rows, args.workers))
     steps_per_epoch = len(train_set) // args.batch_size
     bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")
@@ -57,7 +57,7 @@ def main():
             bar.set_postfix_str(f"loss {loss.item():.2f}")
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     encoder = accelerator.unwrap_model(encoder, keep_torch_compile=False)
-    save_backbone(args.output / "backbone", encoder, args.arch, size, "supervised", {"data": "shapes"} | settings)
+    save_backbone(args.output / "backbone", encoder, args.arch, size, "supervised", settings)
 
 
 if __name__ == "__main__":

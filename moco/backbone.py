@@ -3,12 +3,12 @@
 python -m moco.backbone convert moco_v2_800ep_pretrain.pth.tar r50.safetensors --to torchvision
 python -m moco.backbone convert RUN r50_detectron2.pth --to detectron2
 python -m moco.backbone push RUN USER/NAME --private
+python -m moco.backbone embed RUN --data FOLDER features.parquet
 
 Whatever the source, the weights in between have torchvision's keys, without the head `fc`.
 """
 
 import argparse
-import json
 import pickle
 import re
 import shutil
@@ -18,17 +18,32 @@ import huggingface_hub
 import safetensors
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from moco.augment import MEAN, STD
-from moco.checkpoint import complete_checkpoints, load_checkpoint, write_json
+from moco.checkpoint import complete_checkpoints, load_checkpoint
 from moco.encoder import build_encoder, resnet_names
 from moco.errors import UserError, first_line, one_line_errors
+from moco.jsonfile import is_numeric, is_object, is_text, is_whole, or_absent, read_json, write_json
 from moco.publish import public_name, push_backbone
 
+RESTORE = "fetch it again, or restore it"
+CONFIG = {  # of config.json, ours or timm's
+    "architecture": or_absent(is_text),
+    "moco": or_absent(is_object),
+    "pretrained_cfg": or_absent(
+        lambda cfg: (
+            is_object(cfg)
+            and or_absent(is_text)(cfg.get("tag"))
+            and or_absent(lambda size: is_numeric(size) and len(size) == 3 and is_whole(size[-1]))(
+                cfg.get("input_size")
+            )
+        )
+    ),
+}
 FORMATS = ("torchvision", "timm", "detectron2", "moco")
-# Settings of a run that say nothing of its weights; they may hold paths of the machine, which are not to be published.
+# Settings of a run that say nothing about its weights. They may hold local paths, which must not be published.
 NOT_PUBLISHED = {"output", "resume", "keep", "checkpoint_every", "workers", "tracker", "push_to_hub"}
 
 
@@ -45,7 +60,7 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
     resnet50. encoder: "query", or "key" for the momentum encoder, where the source has both.
     What is known is a dict with "arch" and, if the source says so, "image_size" in pixels, "tag", and the "settings" of
     its training.
-    Raises UserError where the keys or shapes are not exactly those of the architecture.
+    Raises UserError if the keys or shapes are not exactly those of the architecture.
     """
     if source == "random":
         check_single(source, encoder)
@@ -63,8 +78,8 @@ def load_backbone(source, arch=None, encoder="query", seed=0):
 def read_backbone(source, encoder="query"):
     """({key as in torchvision: tensor} without `fc`, what is known of it) of any source but "random".
 
-    What is known is a dict with, as far as the source tells, "arch" and what else `load_backbone` names.
-    Raises UserError where the source is not there, damaged, unsafe to read, or holds no backbone.
+    What is known is a dict with those keys of `load_backbone` that the source tells.
+    Raises UserError if the source is not there, damaged, unsafe to read, or holds no backbone.
     """
     path = Path(source)
     if path.is_dir():
@@ -86,7 +101,7 @@ def read_backbone(source, encoder="query"):
 
 
 def check_single(source, encoder):
-    """Raise UserError where the momentum encoder is asked of what holds one encoder alone."""
+    """Raise UserError if the momentum encoder is asked for, but the source holds only one encoder."""
     if encoder == "key":
         raise UserError(
             f"--encoder key asks for the second of two encoders, but {source} holds one; leave the flag out, or name a"
@@ -99,7 +114,7 @@ def read_folder(folder, encoder):
     checkpoints = complete_checkpoints(folder / "checkpoints")
     saved = next((path for path in (folder / "backbone", folder) if (path / "model.safetensors").exists()), None)
     if saved and encoder == "query":
-        config = json.loads((saved / "config.json").read_text()) if (saved / "config.json").exists() else {}
+        config = read_json(saved / "config.json", CONFIG, RESTORE) if (saved / "config.json").exists() else {}
         weights = read_safetensors(saved / "model.safetensors")
         return torchvision_keys(weights, saved), known_of(config)
     tensors = load_checkpoint(checkpoints[-1])[0] if checkpoints else {}
@@ -110,7 +125,7 @@ def read_folder(folder, encoder):
         )
     if "key_encoder" not in tensors:
         check_single(folder, encoder)
-    settings = json.loads((folder / "args.json").read_text())
+    settings = read_json(folder / "args.json", {"arch": is_text, "image_size": is_whole}, RESTORE)
     weights = torchvision_keys(tensors[f"{encoder}_encoder"], checkpoints[-1])
     return weights, {"arch": settings["arch"], "image_size": settings["image_size"], "settings": settings}
 
@@ -123,21 +138,23 @@ def read_safetensors(path):
 
 
 def read_torch_file(path):
-    """A file of torch.save: ({key: tensor}, what is known). Only tensors and plain values are read, no code is run."""
+    """({key: tensor}, what is known) from a file of torch.save. Only tensors and plain values are read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} is not read: it is no file of torch.save, or damaged, or holds more than tensors and"
-            f" plain values, which could run any code ({first_line(error)}); name a file of weights"
+            f"{path} is not read ({type(error).__name__}): it is no file of torch.save, or damaged, or holds more than"
+            " tensors and plain values, which could run any code; name a file of weights"
         ) from error
     weights = content
     for name in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             weights = content[name]
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    is_state = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
+    if not is_state or not all(isinstance(key, str) for key in weights):
         raise UserError(f"{path} holds no state dict; it must be one, or have one under 'state_dict' or 'model'")
-    return weights, {"arch": content["arch"]} if content.get("arch") in resnet_names() else {}
+    arch = content.get("arch")
+    return weights, {"arch": arch} if isinstance(arch, str) and arch in resnet_names() else {}
 
 
 def read_torchvision(name):
@@ -173,16 +190,15 @@ def read_hub(name):
             f"{name} is neither here nor a repository you can read on the Hub ({first_line(error)}); check"
             " the name, or if it is private or gated accept its terms there and run `hf auth login`"
         ) from error
-    return read_safetensors(paths[1]), json.loads(Path(paths[0]).read_text())
+    return read_safetensors(paths[1]), read_json(paths[0], CONFIG, RESTORE)
 
 
 def known_of(config):
     """What a config.json of `save_backbone`, or of a timm ResNet, tells of its weights."""
-    settings = config.get("moco", {})
-    arch = settings.get("arch") or config.get("architecture")
-    size = config.get("pretrained_cfg", {}).get("input_size")
+    settings, pretrained = config.get("moco") or {}, config.get("pretrained_cfg") or {}
+    arch, size = settings.get("arch") or config.get("architecture"), pretrained.get("input_size")
     known = {"arch": arch if arch in resnet_names() else None, "image_size": size and size[-1], "settings": settings}
-    known["tag"] = config.get("pretrained_cfg", {}).get("tag")
+    known["tag"] = pretrained.get("tag")
     return {name: value for name, value in known.items() if value}
 
 
@@ -190,7 +206,7 @@ def torchvision_keys(weights, source, encoder="query"):
     """The backbone's part of a state dict under torchvision's keys, contiguous; every other key must be a known one.
 
     Known layouts: torchvision and timm, the official MoCo checkpoint, detectron2's, an encoder of a run here.
-    Raises UserError that names the keys that belong to none, and where there is no backbone.
+    Raises UserError that names keys which belong to none, or if there is no backbone.
     """
     encoders = {"query": "module.encoder_q.", "key": "module.encoder_k."}
     others = ("fc.",)
@@ -218,7 +234,24 @@ def torchvision_keys(weights, source, encoder="query"):
     unknown = [key for key in weights if key not in renamed and not key.startswith(others)]
     if unknown:
         raise UserError(f"{source} has unexpected keys: {few(unknown)}")
+    check_weights(backbone, source)
     return backbone
+
+
+def check_weights(weights, source):
+    """Raise UserError for numbers that no training leaves: not finite, no fractions, negative variances."""
+    counters = {key for key in weights if key.endswith("num_batches_tracked")}
+    damaged = [
+        key
+        for key in weights.keys() - counters
+        if not weights[key].is_floating_point()
+        or not weights[key].isfinite().all()
+        or (key.endswith("running_var") and (weights[key] < 0).any())
+    ]
+    if weights["conv1.weight"].dim() != 4:
+        damaged = ["conv1.weight"]
+    if damaged:
+        raise UserError(f"{source} holds damaged weights, not finite or no fractions: {few(damaged)}; fetch it again")
 
 
 def few(names):
@@ -228,9 +261,9 @@ def few(names):
 
 
 def mismatches(weights, arch, stem):
-    """Where weights are not exactly an architecture's: a list of "missing KEY", "unexpected KEY" or "KEY is SHAPE".
+    """How weights differ from an architecture: a list of "missing KEY", "unexpected KEY" or "KEY is SHAPE".
 
-    The counters of BatchNorm's batches may be missing, as in old checkpoints: nothing here reads them.
+    BatchNorm's counters of batches may be missing, as in old checkpoints; nothing here reads them.
     """
     with torch.device("meta"):
         backbone = build_encoder(arch, head="fc", stem=stem)
@@ -245,9 +278,9 @@ def mismatches(weights, arch, stem):
 
 
 def fitting_arch(weights, arch=None, source="weights"):
-    """The architecture and the stem that weights without a head are exactly those of. arch: the only one to try.
+    """(architecture, stem) whose keys and shapes are exactly those of the weights. arch: the only one to try.
 
-    Raises UserError that names the keys where they do not fit.
+    Raises UserError that names the keys that do not fit.
     """
     stem = "small" if weights["conv1.weight"].shape[-1] == 3 else "imagenet"
     wrong = {name: mismatches(weights, name, stem) for name in ([arch] if arch else resnet_names())}
@@ -278,16 +311,14 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
 
     encoder: a ResNet of `build_encoder`. arch: its name. image_size: pixels it was trained at. tag: a word for the
     weights, such as "moco_v2". settings: how they were trained, kept in the config under "moco".
-    The keys are torchvision's. timm and transformers load every backbone but those with the small stem, which timm
-    has no counterpart for.
+    The keys are torchvision's. timm and transformers load every backbone except those with the small stem, which timm
+    does not have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu() for key, value in encoder.state_dict().items() if not key.startswith("fc.")}
-    save_file(
-        {key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    write_tensors(folder / "model.safetensors", weights)
     settings = {name: value for name, value in settings.items() if name not in NOT_PUBLISHED}
-    if "data" in settings:  # only now is it known whether the name is that of a folder here
+    if "data" in settings:  # later, elsewhere, nobody can tell whether it was a local folder
         settings["data"], settings["data_on_hub"] = public_name(settings["data"])
     config = {
         "architecture": "resnet18" if arch == "resnet10" else arch,
@@ -312,6 +343,11 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings):
     if arch == "resnet10":
         config["model_args"] = {"layers": [1, 1, 1, 1]}
     write_json(folder / "config.json", config)
+
+
+def write_tensors(path, tensors):
+    """Write a safetensors file with the mode that the umask says; the library's save_file makes it private."""
+    path.write_bytes(save({key: value.contiguous() for key, value in tensors.items()}, {"format": "pt"}))
 
 
 def save_loaded(folder, backbone, known):
@@ -361,9 +397,14 @@ def convert(source, target, to, arch=None, encoder="query"):
         raise UserError(f"TARGET {target} is there already; name another, or remove it")
     backbone, known = load_backbone(source, arch, encoder)
     weights = backbone.state_dict()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if to == "timm" and weights["conv1.weight"].shape[-1] == 3:
+        raise UserError(f"{source} has the small stem, which timm and transformers do not know; use --to torchvision")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"TARGET {target} cannot be written ({first_line(error)}); name another") from error
     if to == "torchvision":
-        save_file(weights, target, {"format": "pt"})
+        write_tensors(target, weights)
     elif to == "timm":
         save_loaded(target, backbone, known)
     elif to == "detectron2":
@@ -390,12 +431,21 @@ def parse_args():
     add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
     add("name", metavar="USER/NAME", help="the repository, created where it is not there")
     add("--private", action="store_true", help="create it for your eyes only")
+    add = commands.add_parser("embed", description="Write features of images to a parquet file, with a picture.")
+    add.add_argument("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
+    add.add_argument("--data", required=True, help="'shapes', a folder, or USER/NAME on the Hub")
+    add.add_argument("target", metavar="OUT", help="the .parquet file to write; OUT.png shows nearest neighbours")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.command == "convert":
+    if args.command == "embed":
+        from moco.embed import embed  # which imports this module
+
+        embed(args.source, args.data, args.target)
+        print(f"features are in {args.target}, nearest neighbours in {Path(args.target).with_suffix('.png')}")
+    elif args.command == "convert":
         convert(args.source, args.target, args.to, args.arch, args.encoder)
         print(f"{args.source} is now {args.target}")
     else:

@@ -26,7 +26,7 @@ from moco.decode import decode_crops, decode_image, read_image
 
 
 def empty_batch(*shape):
-    """A uint8 tensor for a batch; in a data worker in shared memory, to which it else would be copied to leave it."""
+    """A uint8 tensor for a batch, allocated in shared memory in a data worker, which saves a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collation does
@@ -91,7 +91,7 @@ def labelled_batch(dataset, rows, groups, cuts, size):
     labels, undecodable = torch.empty(len(rows), dtype=torch.long), []
     for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
         crops[i], read, failed = read_image(dataset, row, cut)
-        labels[i] = dataset[read]["label"]
+        labels[i] = dataset[read].get("label", 0)  # without labels nobody looks at them
         undecodable += failed
     return crops, labels, undecodable
 
@@ -116,12 +116,12 @@ def crop_generator(seed, epoch, index):
 
 
 def train_batches(dataset, size, seed, recipe, rows, workers):
-    """Endless batches of the images that `rows`, of `train_rows`, name; see CropPairs for what a batch is."""
+    """Endless batches of the images in `rows` (of `training_rows`); see CropPairs for what a batch is."""
     return iter(loader(CropPairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"]), rows, workers))
 
 
 def loader(dataset, items, workers):
-    """A DataLoader of dataset[item] for each of `items`, in order: whole batches, just as the dataset makes them.
+    """A DataLoader that yields dataset[item] for each of `items`, in order; each is a whole batch already.
 
     Up to 2 x workers of them wait in shared memory: a batch of 256 pairs of views of 224 pixels is 77 MB.
     """
@@ -139,22 +139,22 @@ def loader(dataset, items, workers):
 
 
 def as_made(batch):
-    """No conversion: a COCO target's polygons would become tensors, thousands of them, which DDP then moves to GPUs."""
+    """No conversion: it would turn a COCO target's polygons into thousands of tensors, which DDP then moves to GPUs."""
     return batch
 
 
 def leave_group(worker):
-    """Put a worker in a process group of its own, and let it ignore one SIGTERM, so that neither ends it.
+    """Put a worker in its own process group and let it ignore one SIGTERM, so that a stopped run finishes its step.
 
-    Launchers send SIGTERM to the run's group, service managers to each process: the step that is being taken still
-    needs its batch, and then a checkpoint is saved. A second SIGTERM, such as the run's end sends, ends the worker.
+    Launchers send SIGTERM to the run's process group, service managers to each process, but the current step still
+    needs its batch before a checkpoint is saved. A second SIGTERM, such as the run sends at its end, ends the worker.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def stop_workers():
-    """End workers that are left at exit, after an error: Python sends them one SIGTERM and then waits for them."""
+    """Kill workers that are left after an error: at exit Python sends them one SIGTERM, and waits for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for each worker that ends
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -166,8 +166,8 @@ def stop_workers():
 def ordered_rows(dataset, rows, size, workers):
     """Batches of at most `size` of `rows`, as [(position of its first, rows, row groups to read ahead), ...].
 
-    Each worker of a `loader` reads a contiguous part: a DataLoader hands batches to its workers in turn, so the list
-    has those of each part in turn, and empty ones where a part has no more.
+    Each worker of a `loader` reads a contiguous part. A DataLoader hands batches to its workers in turn, so the list
+    takes one from each part in turn, and an empty one if a part has no more.
     """
     parts = []
     for first, part in dataset.split(rows, max(1, workers)):

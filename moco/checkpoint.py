@@ -8,33 +8,20 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from moco.errors import UserError, first_line
+from moco.jsonfile import is_numeric, is_object, is_whole, read_json, sync, write_json
 
+STATE = {"step": is_whole, "sha256": is_object}  # what state.json holds, whoever wrote it
 EVALUATION = ('"knn"', '"top1"', '"AP"')  # keys of metrics.jsonl that stand in few of its lines
-
-
-def write_json(path, value):
-    """Write JSON so that readers see the old file or the new one, never half of one."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    sync(partial)
-    os.replace(partial, path)
-
-
-def sync(path):
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def save_checkpoint(folder, step, tensors, state, keep):
     """Write folder/step_N, then remove the oldest complete checkpoints beyond `keep`, and any of later steps.
 
     tensors: {file name: {key: tensor}}, each a safetensors file. state: what JSON can hold.
-    The folder appears under its name only once everything in it is on disk. Raises UserError where it cannot be
+    The folder appears under its name only once everything in it is on disk. Raises UserError if it cannot be
     written, on a full disk for example.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
@@ -45,14 +32,15 @@ def save_checkpoint(folder, step, tensors, state, keep):
         checksums = {}
         for name, values in tensors.items():
             path = partial / f"{name}.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, path)
+            data = save({key: value.detach().cpu().contiguous() for key, value in values.items()})
+            path.write_bytes(data)
             sync(path)
-            checksums[path.name] = checksum(path)
+            checksums[path.name] = hashlib.sha256(data).hexdigest()
         write_json(partial / "state.json", {"step": step, "sha256": checksums, **state})
         sync(partial)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{final} cannot be written ({first_line(error)}); make room, then go on with --resume", alone=True
+            f"{final} cannot be written ({first_line(error)}); make room, then continue with --resume", alone=True
         ) from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
@@ -64,10 +52,10 @@ def save_checkpoint(folder, step, tensors, state, keep):
 
 
 def check_equal_state(modules, accelerator):
-    """Raise RuntimeError where modules, {name: module}, differ between processes, which one process is to save.
+    """Raise RuntimeError if modules, {name: module}, differ between processes: only one process will save its copy.
 
-    Nothing repairs a difference in what lives outside DDP, so none may go unnoticed. All processes call it together.
-    Returns whether all of their numbers are finite.
+    Nothing repairs a difference in what lives outside DDP, so none may go unnoticed. All processes call this together.
+    Returns whether all numbers are finite.
     """
     finite = True
     for name, module in modules.items():
@@ -75,17 +63,13 @@ def check_equal_state(modules, accelerator):
         everywhere = accelerator.gather(sums[None])  # (processes, tensors)
         same = everywhere.eq(everywhere[0]) | (everywhere.isnan() & everywhere[0].isnan())  # diverged on all alike
         if not same.all():
-            raise RuntimeError(f"{name} differs between processes: an update is missing on some, or not the same")
+            raise RuntimeError(f"{name} differs between processes: an update is missing on some of them, or differs")
         finite = finite and bool(everywhere.isfinite().all())
     return finite
 
 
-def checksum(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def weights_digest(weights):
-    """SHA-256 of a state dict, {key: tensor}: of its keys and of every bit of its values."""
+    """SHA-256 of the keys and every bit of the values of a state dict, {key: tensor}."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(key.encode())
@@ -94,14 +78,14 @@ def weights_digest(weights):
 
 
 def complete_checkpoints(folder):
-    """The checkpoints in `folder` that lack no file, oldest first."""
+    """The checkpoints in `folder` that have all of their files, oldest first."""
 
     def is_complete(path):
-        try:
-            names = json.loads((path / "state.json").read_text())["sha256"]
-        except FileNotFoundError:
+        if not (path / "state.json").exists():
             return False
-        except (ValueError, KeyError):
+        try:
+            names = read_json(path / "state.json", STATE, "")["sha256"]
+        except UserError:
             return True  # nothing is missing, but damaged, which load_checkpoint reports
         return all((path / name).exists() for name in names)
 
@@ -109,23 +93,25 @@ def complete_checkpoints(folder):
     return sorted(filter(is_complete, numbered), key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def load_checkpoint(path):
-    """Read a checkpoint back: ({file name: {key: tensor}}, state). Raises UserError where a file is damaged."""
+def load_checkpoint(path, fields=None):
+    """Read a checkpoint back: ({file name: {key: tensor}}, state). Raises UserError if a file is damaged.
+
+    fields: {key of the state: whether a value is good}, besides those that every checkpoint has.
+    """
     tensors, remedy = {}, f"remove {path} to resume from the checkpoint before it"
-    try:
-        state = json.loads((path / "state.json").read_text())
-        checksums = state["sha256"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path / 'state.json'} is damaged ({error}); {remedy}") from error
-    for name, expected in checksums.items():
-        if checksum(path / name) != expected:
-            raise UserError(f"{path / name} is damaged (its checksum differs); {remedy}")
-        tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+    state = read_json(path / "state.json", STATE | (fields or {}), remedy)
+    if f"step_{state['step']}" != path.name:
+        raise UserError(f"{path / 'state.json'} is damaged (step is {state['step']}); {remedy}")
+    for name, expected in state["sha256"].items():
+        data = (path / name).read_bytes() if (path / name).is_file() else b""
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise UserError(f"{path / name} is damaged or missing (its checksum differs); {remedy}")
+        tensors[name.removesuffix(".safetensors")] = load(data)
     return tensors, state
 
 
 def optimizer_tensors(optimizer):
-    """An optimizer's per-parameter state as {"parameter.name": tensor}; its settings are not a state but flags."""
+    """An optimizer's state of each parameter as {"parameter.name": tensor}. Its settings come from the flags."""
     state = optimizer.state_dict()["state"]
     return {
         f"{parameter}.{name}": torch.as_tensor(value)
@@ -136,14 +122,14 @@ def optimizer_tensors(optimizer):
 
 
 def load_optimizer_tensors(optimizer, tensors):
-    """Put back what `optimizer_tensors` gave."""
+    """Restore what `optimizer_tensors` returned."""
     whole = optimizer.state_dict()
     whole["state"] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         like = parameters[int(index)]
-        if value.shape == like.shape:  # in the weight's layout, not the file's: fused updates need them alike
+        if value.shape == like.shape:  # in the layout of the weight, because fused updates need both to have the same
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         whole["state"].setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(whole)
@@ -168,15 +154,19 @@ def read_metrics(path, points=None):
         if points and len(lines) > points:
             chosen = {i * (len(lines) - 1) // (points - 1) for i in range(points)}
             lines = [line for i, line in enumerate(lines) if i in chosen or any(key in line for key in EVALUATION)]
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+        parsed = [json.loads(line) for line in lines]
+        for line in parsed:
+            if not isinstance(line, dict) or not is_whole(line.get("step")) or not all(map(is_numeric, line.values())):
+                raise ValueError(f"a line is {line!r:.60}")
+        return parsed
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged or missing ({first_line(error)}); an empty file in its place will do"
         ) from error
 
 
 def trim_metrics(path, step):
-    """Drop what metrics.jsonl says of later steps, which the resumed run will take again."""
+    """Drop the lines of metrics.jsonl about later steps, which the resumed run will take again."""
     partial = Path(f"{path}.partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))
     sync(partial)

@@ -10,7 +10,7 @@ def contrastive_logits(queries, keys, queue, temperature):
 
     queries, keys: (N, C), L2-normalised. queue: (K, C), L2-normalised.
     temperature: > 0, dimensionless (v1: 0.07, v2: 0.2).
-    Returns (N, 1 + K) float32, or float64 where the inputs are: half precision is too coarse for the softmax, so
+    Returns (N, 1 + K) float32, or float64 if the inputs are: half precision is too coarse for the softmax, so
     autocast is off here.
     Raises ValueError if temperature <= 0.
     Source: arXiv:1911.05722, Algorithm 1.
@@ -18,7 +18,7 @@ def contrastive_logits(queries, keys, queue, temperature):
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    q = queries.to(dtype) / temperature  # here, not of the logits, which are hundreds of times as many numbers
+    q = queries.to(dtype) / temperature  # of the queries, because the logits are hundreds of times as many numbers
     with torch.autocast(q.device.type, enabled=False):
         positive = (q * keys.to(dtype)).sum(dim=1, keepdim=True)  # (N, 1)
         negative = q @ queue.to(dtype).T  # (N, K)
@@ -26,9 +26,9 @@ def contrastive_logits(queries, keys, queue, temperature):
 
 
 def nt_xent_logits(first, second, temperature):
-    """NT-Xent logits of both views of N images: every view's positive is the other view, all others are negatives.
+    """NT-Xent logits of both views of N images: the positive of a view is the other view, all others are negatives.
 
-    first, second: (N, C), L2-normalised; row i of one and of the other are the views of image i.
+    first, second: (N, C), L2-normalised; row i of each is a view of image i.
     temperature: > 0, dimensionless. Returns logits (2N, 2N - 1), without similarities of a view to itself, in float32
     (float64 where the inputs are) under autocast, too, and labels (2N,), the columns of the positives. Their
     cross-entropy is the loss.
@@ -42,18 +42,18 @@ def nt_xent_logits(first, second, temperature):
     rows, n = len(z), len(first)
     with torch.autocast(z.device.type, enabled=False):
         similarity = z @ z.T / temperature
-    # Drops the diagonal: after the first entry, each run of 2N + 1 entries ends with one of it.
+    # Drop the diagonal: after the first entry, each run of 2N + 1 entries ends with one on the diagonal.
     logits = similarity.flatten()[1:].view(rows - 1, rows + 1)[:, :-1].reshape(rows, rows - 1)
     image = torch.arange(n, device=z.device)
     return logits, torch.cat([image + n - 1, image])
 
 
 def gather_with_gradient(rows, accelerator):
-    """The rows (n, C) of all processes as (global N, C), of which this process's own keep their gradient.
+    """The rows (n, C) of all processes as (global N, C); this process's own rows keep their gradient.
 
-    A loss over all rows, computed on every process, then has on each just its own part of the gradient, and the sum
-    over processes is the whole: DDP averages, so scale the loss by their number. Nothing is sent back; to gather
-    without a gradient at all gives wrong ones, by 13 to 21 % for two processes.
+    Every process computes the loss over all rows, and gets its own part of the gradient; the parts add up to the whole.
+    DDP averages, so scale the loss by the number of processes. Nothing needs to be sent back. Gathering without any
+    gradient gives wrong ones, by 13 to 21 % on two processes.
     """
     n, rank = len(rows), accelerator.process_index
     everyone = accelerator.gather(rows.detach())
@@ -63,10 +63,10 @@ def gather_with_gradient(rows, accelerator):
 class KeyQueue(nn.Module):
     """The newest `size` keys, first in first out; starts as random unit vectors.
 
-    keys: buffer (size, dim). cursor: buffer, the row that is overwritten next; both stay on the device, so that
-    enqueueing never waits for it. Every process holds an equal copy, because every process enqueues the same
+    keys: buffer (size, dim). cursor: buffer, the row that is overwritten next. Both stay on the device, so that
+    enqueueing never syncs with it. Every process holds an equal copy, because every process enqueues the same
     gathered keys. Raises ValueError if size < 1.
-    Source: arXiv:1911.05722, section 3.2 (which asks that the batch divide the size; here it need not).
+    Source: arXiv:1911.05722, section 3.2 (where the batch must divide the size; here it need not).
     """
 
     def __init__(self, size, dim, generator=None):

@@ -4,23 +4,31 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from moco.cache import RowGroupCache
-from moco.checkpoint import write_json
+from moco.decode import is_transparent
 from moco.errors import UserError, first_line
 from moco.folder import TEST, TRAIN, folder_splits
 from moco.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
+from moco.jsonfile import write_json
 from moco.pages import ParquetRows
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers
+
+MAX_CLASSES = 1_000_000  # numbers beyond are no labels
+LOOKED_AT = 64  # images whose headers are read at the start
+STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
+
 
 # ---- rows that can be read one by one
 
@@ -41,6 +49,25 @@ class IndexedImages:
 
     def __getitem__(self, row):
         return self.dataset[row]
+
+    def fingerprint(self):
+        """Of what a run depends on: names and sizes of files, or rows and columns. The same wherever the data lies.
+
+        Of more than STATTED rows it takes the sizes of so many: asking a remote file system for those of 1.28 million
+        files would take minutes. Otherwise it takes 0.7 s for so many.
+        """
+        if not isinstance(self.dataset, datasets.Dataset):  # rows of parquet files
+            return self.dataset.images.fingerprint()
+        images = self.dataset.data.column("image")  # of all rows, also where some are held out
+        paths = [path or "" for path in pc.struct_field(images, "path").to_pylist()]
+        root = os.path.commonprefix([min(paths), max(paths)]).rpartition(os.sep)[0]  # of all: they are sorted between
+        digest = hashlib.sha256(repr((len(paths), self.column_names)).encode())
+        digest.update("\0".join(path[len(root) :] for path in paths).encode())
+        for row in range(0, len(paths), -(-len(paths) // STATTED)):
+            data = (images[row].as_py() or {}).get("bytes")
+            size = size_of(paths[row]) if data is None else len(data)
+            digest.update(f"{size} ".encode())
+        return digest.hexdigest()[:16]
 
     def label_range(self):
         """(smallest, largest) label, a missing one as -1."""
@@ -93,6 +120,11 @@ def batch_rows(images, batch_size, seed, start, rank, world):
         yield [(epoch, index) for index in permuted[first : first + n].tolist()]
 
 
+def size_of(path):
+    """Bytes of a file, None if there is none."""
+    return os.path.getsize(path) if path and os.path.exists(path) else None
+
+
 # ---- a name -> datasets with the columns "image" (not decoded) and, where there are labels, "label"
 
 
@@ -107,11 +139,12 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     converted once a machine, and kept on disk.
     All processes call it together. Raises UserError for a name, folder or column that does not exist.
     """
+    here = name not in ("", "shapes") and Path(name).is_dir()
+    if revision is not None and (here or name == "shapes"):
+        raise UserError(f"--revision {revision} names a version on the Hub, which --data {name} is not; leave it out")
     if cache_gb and not cache:
         raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
-    online = True
-    if name != "shapes" and (name == "" or not Path(name).is_dir()):
-        online = check_hub_name(name, None if streaming else downloaded_files(name, revision))
+    online = name == "shapes" or here or check_hub_name(name, None if streaming else downloaded_files(name, revision))
     read_parquet = partial(
         parquet_splits, name, image_column=image_column, label_column=label_column, revision=revision,
         streaming=streaming, cache=cache, cache_gb=cache_gb,
@@ -131,12 +164,17 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         raise UserError(f"--data {name} cannot be read as images: {first_line(error)}") from error
     if cache and getattr(splits[0], "cache", None) is None and PartialState().is_main_process:
         print(f"cache   not used, as {name} is not streamed from the Hub")
-    return tuple(
+    splits = tuple(
         IndexedImages(select_columns(split, name, image_column, label_column))
         if isinstance(split, datasets.Dataset)
         else split
         for split in splits
     )
+    if name != "shapes" and isinstance(splits[0], IndexedImages) and PartialState().is_main_process:
+        looked_at = range(0, len(splits[0]), -(-len(splits[0]) // LOOKED_AT) or 1)
+        if transparent := sum(is_transparent(splits[0][row]["image"]) for row in looked_at):
+            print(f"        {transparent} of {len(looked_at)} images looked at have transparent pixels, shown on white")
+    return splits
 
 
 def find_splits(name, revision, streaming, online, read_parquet):
@@ -196,11 +234,14 @@ def parquet_splits(name, files, image_column, label_column, revision, streaming,
             write_json(downloaded_files(name, revision), files)
     if PartialState().is_main_process:
         told = [[paths and read_footers(paths, traffic) for paths in chosen]]
+    footers = broadcast_object_list(told)[0]
+    for paths, read in zip(chosen, footers):
+        check_same_schema(paths or [], read or [])
     cache = RowGroupCache(cache, cache_gb) if cache and remote and streaming else None
     splits = [
         paths
         and ParquetImages(paths, footers, *image_and_label(footers, name, image_column, label_column), cache, traffic)
-        for paths, footers in zip(chosen, broadcast_object_list(told)[0])
+        for paths, footers in zip(chosen, footers)
     ]
     if not streaming:
         return tuple(images and IndexedImages(ParquetRows(images), traffic) for images in splits)
@@ -218,6 +259,17 @@ def image_and_label(footers, name, image_column, label_column):
     if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
         raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
     return columns
+
+
+def check_same_schema(paths, footers):
+    """Raise UserError unless all files of a split have the columns of the first."""
+    for path, footer in zip(paths, footers):
+        first, columns = footers[0].schema.to_arrow_schema(), footer.schema.to_arrow_schema()
+        if (columns.names, columns.types) != (first.names, first.types):
+            raise UserError(
+                f"{path} has the columns {str(columns.remove_metadata())!r:.120}, unlike {paths[0]}; they must be the"
+                " same in all files of a split"
+            )
 
 
 def downloaded_files(name, revision):
@@ -246,7 +298,7 @@ def check_hub_name(name, known=None):
 
     known: a file that is there if the data was downloaded before. Returns False if it is, and the Hub does not answer.
     """
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or ".." in name:
         raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=20)
@@ -309,11 +361,11 @@ def has_labels(dataset):
     if not label_kind(dataset).startswith(("int", "uint")):
         return False
     found = dataset.label_range()
-    return found is None or found[0] >= 0
+    return found is None or 0 <= found[0] <= found[1] < MAX_CLASSES
 
 
 def count_classes(train_set, test_set, name):
-    """The number of classes. Raises UserError where images have no labels that a classifier could learn."""
+    """The number of classes. Raises UserError if images have no labels that a classifier could learn."""
     if "label" not in train_set.column_names:
         raise UserError(f"--data {name} has no labels, which a linear probe needs; --label-column may name a column")
     if test_set is not None and "label" not in test_set.column_names:
@@ -338,6 +390,8 @@ def count_classes(train_set, test_set, name):
     known = [found for found in ranges if found]
     low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)
     classes = len(names[0]) if names[0] else high + 1
+    if classes > MAX_CLASSES:
+        raise UserError(f"--data {name} has labels up to {high}; {MAX_CLASSES} classes are the most")
     if low < 0 or high >= classes:
         raise UserError(
             f"--data {name} has labels from {low} to {high} for {classes} classes: some images are not labelled"

@@ -1,21 +1,28 @@
 """One encoded image becomes pixels or crops; what cannot be decoded is replaced, named once, and counted."""
 
 import contextlib
+import functools
 import io
+import struct
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from moco.augment import crop_pair
 from moco.errors import UserError, first_line
 
-MAX_UNDECODABLE = 0.05  # share of the images of an epoch above which the data is at fault, not some files
+# The formats that Pillow may read. It knows many more, some by programs that an image could give orders to: it hands
+# EPS to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 JPEG = b"\xff\xd8"  # the first bytes of such a file
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million, above which Pillow refuses: headers of small files claim more
+MAX_UNDECODABLE = 0.05  # share of the images of an epoch above which the data is at fault, not some files
 UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
 
@@ -23,26 +30,30 @@ def decode_image(record):
     """An encoded image, {"bytes", "path"}, of which one may be None -> (H, W, 3) uint8 array.
 
     JPEGs are decoded by simplejpeg, bit for bit as by Pillow and faster; what it refuses (CMYK, damage) and every other
-    format by Pillow. Gray, palette and RGBA images become RGB, 16 bits become 8. Raises one of UNDECODABLE, also where
-    a row has no image.
+    format by Pillow. Gray, palette and 16-bit images become RGB of 8 bits; what is transparent shows white, as in a
+    browser. Raises one of UNDECODABLE, also for a row without an image.
     """
     data = encoded_bytes(record)
     if data[:2] == JPEG:
         try:
+            jpeg_size(data)
             return simplejpeg.decode_jpeg(data)
         except ValueError:
             pass
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             if image.mode == "F":
                 raise ValueError("pixels are floating-point numbers, of unknown range")
             if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255; "I" may be less
                 gray = np.asarray(image)
                 gray = gray >> 8 if image.mode != "I" or gray.max() > 255 else gray
                 return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                return np.array(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except RuntimeError as error:  # Pillow's, of a damaged AVIF
-        raise OSError(str(error)) from error
+    except (RuntimeError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise OSError(first_line(error)) from error  # Pillow's plugins raise these, too, for damaged files
 
 
 def encoded_bytes(record):
@@ -51,17 +62,50 @@ def encoded_bytes(record):
     return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
 
 
+def open_image(data):
+    """Pillow's image of encoded bytes, its header read and no more. Raises one of UNDECODABLE."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # above half of MAX_PIXELS
+            return Image.open(io.BytesIO(data), formats=known_formats())
+    except UnidentifiedImageError as error:
+        raise OSError(f"no image in a format that is read here ({', '.join(FORMATS)})") from error
+
+
+def is_transparent(record):
+    """Whether an encoded image has transparent pixels, as far as its header says; False if it cannot be read."""
+    try:
+        return bool(open_image(encoded_bytes(record)).has_transparency_data)
+    except UNDECODABLE:
+        return False
+
+
+@functools.cache
+def known_formats():
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def jpeg_size(data):
+    """(height, width) from a JPEG's header. Raises ValueError if it is damaged or too large to decode."""
+    height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    return height, width
+
+
 def decode_crops(record, draw_boxes, size):
     """Crops of an encoded image, (views, size, size, 3) uint8; raises as `decode_image`.
 
     draw_boxes: (height, width) -> boxes, (views, 4) int. A JPEG is decoded at a half, a quarter or an eighth of its
-    sides where every crop still has `size` pixels: in 60 % of the time for 1600 x 1200 pixels. Crops then begin at
-    the nearest of fewer pixels, and differ by about a level from those of the whole image.
+    sides if every crop still has `size` pixels: in 60 % of the time for 1600 x 1200 pixels. Crops then begin at the
+    nearest of fewer pixels, and differ by about a level from those of the whole image.
     """
     data = encoded_bytes(record)
     if data[:2] == JPEG:
         with contextlib.suppress(ValueError):
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            height, width = jpeg_size(data)
             boxes = draw_boxes(height, width)
             factor = next((factor for factor in (8, 4, 2) if boxes[:, 2:].min() >= factor * size), 1)
             if factor == 1:

@@ -5,7 +5,7 @@ row), "name", "width", "height", "boxes" (m, 4) float32 xyxy from 0, "labels" (m
 bool}, and for COCO "id" and "polygons", a list of (points, 2) arrays for each box.
 """
 
-import io
+import hashlib
 import json
 import xml.etree.ElementTree
 from collections import Counter
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from moco.coco import evaluate_coco
 from moco.data import check_hub_name
-from moco.decode import UNDECODABLE, decode_image, encoded_bytes, read_image
+from moco.decode import UNDECODABLE, decode_image, encoded_bytes, open_image, read_image
 from moco.errors import UserError, first_line
 from moco.shapes import CLASSES as SHAPES_CLASSES
 from moco.shapes import draw_scene, encode_jpeg
@@ -86,9 +86,9 @@ def is_coco(name):
 
 
 def trainable(records, name, left_out):
-    """The records with boxes in them, each clipped to its image; what goes is counted in `left_out`.
+    """The records that have boxes, clipped to their images; what is dropped is counted in `left_out`.
 
-    Raises UserError where nothing is left. Objects marked difficult stay, as in the reference.
+    Raises UserError if nothing is left. Objects marked difficult stay, as in the reference.
     """
     kept = []
     for record in records:
@@ -135,7 +135,7 @@ def scene_records(split):
 
 
 def voc_records(devkit, year, split, left_out):
-    """One image set of a VOCdevkit folder, boxes from 1 and inclusive there as (xmin - 1, ymin - 1, xmax, ymax)."""
+    """One image set of a VOCdevkit folder. Its boxes, counted from 1 and inclusive, become (x - 1, y - 1, x2, y2)."""
     root = devkit / f"VOC{year}"
     image_set = root / "ImageSets" / "Main" / f"{split}.txt"
     if not image_set.exists():
@@ -179,7 +179,7 @@ def voc_record(root, name, left_out):
 def image_size(image, left_out):
     """(width, height) from the header of an encoded image; (1, 1), which holds no box, where it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(encoded_bytes(image))) as opened:
+        with open_image(encoded_bytes(image)) as opened:
             return opened.size
     except UNDECODABLE:
         left_out["images whose size cannot be read"] += 1
@@ -283,6 +283,15 @@ def hub_split(dataset, name, box_format, classes, left_out):
             record["boxes"][:, 2:] += record["boxes"][:, :2]
         width, height = (values["width"], values["height"]) if sized else image_size(values["image"], left_out)
         yield {"image": (dataset, row), "name": f"row {row}", "width": width, "height": height, **record}
+
+
+def record_fingerprint(records):
+    """Of what a run depends on: each image's name and size, and its objects."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(f"{record['name']} {record['width']} {record['height']}".encode())
+        digest.update(record["boxes"].tobytes() + record["labels"].tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---- records -> what a detector gets

@@ -1,7 +1,7 @@
 """The paper's detectors, Faster and Mask R-CNN on ResNet-C4, from torchvision's detection package.
 
-torchvision's parts stand wherever they compute what detectron2 does, which the reference fine-tunes with. What is
-overridden here names the setting of detectron2's configuration that torchvision has no argument for.
+The reference fine-tunes with detectron2. torchvision's parts are used wherever they compute the same; every override
+here names the setting of detectron2's configuration for which torchvision has no argument.
 """
 
 import copy
@@ -27,7 +27,7 @@ from moco.errors import UserError
 
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # pixels
 POOLED = 14  # ROI_BOX_HEAD.POOLER_RESOLUTION: side of an RoI's features before layer4, and of a mask
-PASTE_CHUNK = 2**26  # pixels of masks pasted at a time: 0.8 GB in float32, of which two thirds are where to look
+PASTE_CHUNK = 2**26  # pixels of masks pasted at a time: 0.8 GB in float32, two thirds of it for the grid to sample at
 
 
 def build_detector(
@@ -158,7 +158,7 @@ class C4Anchors(AnchorGenerator):
 
 
 class Float32RPNHead(RPNHead):
-    """torchvision's head; what it puts out is taken to float32, for coordinates have no place in half precision."""
+    """torchvision's head with outputs in float32, because half precision is too coarse for coordinates."""
 
     def forward(self, features):
         logits, deltas = super().forward(features)
@@ -183,7 +183,7 @@ class ProposalNetwork(RegionProposalNetwork):
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         """Both losses are sums over samples / (batch size an image * images), boxes by L1 (SMOOTH_L1_BETA 0).
 
-        Where any output is not finite the box loss is not either: proposals leave such boxes out in silence.
+        If any output is not finite, neither is the box loss, because proposals leave such boxes out silently.
         """
         normalizer = self.fg_bg_sampler.batch_size_per_image * len(labels)
         labels, targets = torch.cat(labels), torch.cat(regression_targets)
@@ -195,7 +195,7 @@ class ProposalNetwork(RegionProposalNetwork):
         return objectness_loss / normalizer, box_loss / normalizer + 0 * (objectness.sum() + pred_bbox_deltas.sum())
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
-        """The best of each image after NMS, by logits; only boxes of no area go (MIN_SIZE 0) or not finite."""
+        """Return each image's best boxes after NMS, by logits; only empty or non-finite boxes are dropped."""
         objectness = objectness.detach().view(len(proposals), -1)
         logits, order = objectness.topk(min(self.pre_nms_top_n(), objectness.shape[1]), dim=1)
         boxes_of, logits_of = [], []
@@ -458,8 +458,8 @@ def precise_statistics(module, forward_passes, accelerator):
     """Set each BatchNorm's running statistics to the mean and population variance of all its inputs in these passes.
 
     forward_passes: an iterator that runs `module` in training mode once before each of its items. All processes make
-    equally many. The statistics of training itself are a moving average over few images a step, of weights that were
-    still changing: in evaluation they cost AP, so the reference computes them anew (TEST.PRECISE_BN).
+    equally many. The statistics of training itself are a moving average over few images in a step, of weights that
+    were still changing. They would cost AP in evaluation, so the reference computes them anew (TEST.PRECISE_BN).
     """
     norms = batch_norms(module)
     if not norms:

@@ -1,8 +1,12 @@
-"""The one error that users see as a line instead of a traceback."""
+"""The one error that users see as a line instead of a traceback, and what else ends a script in one line."""
 
+import errno
 import os
+import signal
 import sys
 from contextlib import contextmanager
+
+import torch
 
 
 class UserError(ValueError):
@@ -23,13 +27,56 @@ def first_line(error):
 
 @contextmanager
 def one_line_errors():
-    """Print a UserError as one line on stderr, once a machine unless one process alone met it; exit with code 2."""
+    """Around a script's main: what the user can mend, memory, a full disk and Ctrl-C end it in one line on stderr.
+
+    Exit code 2, after Ctrl-C 130. Every process meets most mistakes, and one for each machine prints them.
+    """
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    message, code, alone = None, 2, True
     try:
         yield
     except UserError as error:
-        # Every process meets the same mistake but for those that a DataLoader's worker met; these come with its
-        # traceback, of which the last line is the message.
-        *traceback, message = str(error).splitlines()
-        if traceback or error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
-            print("error:", message.removeprefix("moco.errors.UserError: "), file=sys.stderr)
-        sys.exit(2)
+        # An error of a DataLoader's worker comes with its traceback; the last line is the message.
+        *traceback, last = str(error).splitlines()
+        message, alone = last.removeprefix("moco.errors.UserError: "), bool(traceback) or error.alone
+    except torch.OutOfMemoryError as error:
+        message = (
+            f"the GPU's memory is too small ({first_line(error)}); lower --micro-batch, which changes no number by"
+            " more than rounding, or --batch-size"
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        message = f"{error.filename or 'a file'} cannot be written ({error.strerror}); make room, then add --resume"
+    except KeyboardInterrupt:
+        message, code, alone = "stopped by Ctrl-C before there was a step to save", 128 + signal.SIGINT, False
+    if message:
+        if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+            print("error:", message, file=sys.stderr)
+        sys.exit(code)
+
+
+class Stream:
+    """stdout or stderr whose reader may go away: a training is worth more than its messages.
+
+    What cannot be written is dropped, and the stream then leads nowhere, so that nothing fails at the process's end.
+    """
+
+    def __init__(self, stream):
+        self.stream = open(os.devnull, "w") if stream is None else stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")

@@ -1,16 +1,22 @@
 """Command-line flags: limits stand beside each flag, mistakes are one line, and a resumed run remembers its flags."""
 
 import argparse
-import json
-import math
+import fcntl
+import os
 import re
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
+from accelerate import PartialState
+
+from moco import shapes
 from moco.checkpoint import complete_checkpoints
 from moco.errors import UserError
+from moco.jsonfile import is_text, or_absent, read_json
 
+LOCKS = []  # open files of locked run folders, which are locked as long as they are open
 BACKBONE_HELP = (
     "a run folder, a .safetensors file, USER/NAME on the Hub, an official MoCo .pth.tar,"
     " ResNet50_Weights.IMAGENET1K_V1 (torchvision's supervised weights), or 'random'"
@@ -33,13 +39,21 @@ def limited(kind, is_valid, limit):
     return number
 
 
+def folder(text):
+    """An argparse type: the path of a folder to write to."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} must be the name of a folder")
+    return Path(text)
+
+
 def at_least(low):
     """An argparse type for integers of at least `low`."""
     return limited(int, lambda value: value >= low, f"at least {low}" if low else "0 or more")
 
 
-positive = limited(float, lambda value: 0 < value < math.inf, "above 0")
-not_negative = limited(float, lambda value: 0 <= value < math.inf, "0 or more")
+LARGEST = 1e9  # no rate, temperature or weight decay is anywhere near it
+positive = limited(float, lambda value: 0 < value <= LARGEST, f"a number above 0 and at most {LARGEST:g}")
+not_negative = limited(float, lambda value: 0 <= value <= LARGEST, f"a number from 0 to {LARGEST:g}")
 below_one = limited(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 seed = limited(int, lambda value: 0 <= value < 2**63, "at least 0 and below 2^63")
 
@@ -83,15 +97,21 @@ def parse_resumed(parser, output, free):
 
     Raises UserError if there is no run to continue, or a flag differs.
     """
-    if not (output / "args.json").exists() or not complete_checkpoints(output / "checkpoints"):
+    if not complete_checkpoints(output / "checkpoints"):
         raise UserError(
             f"--output {output} has no complete checkpoint in checkpoints/ to continue from; name the folder of a run,"
             " or start a new run without --resume and --evaluate"
         )
-    saved = json.loads((output / "args.json").read_text())
+    remedy = "restore it, or start a new run"
+    saved = read_json(output / "args.json", {"script": or_absent(is_text)}, remedy)
     if saved.get("script", parser.prog) != parser.prog:
         raise UserError(f"--output {output} holds a run of {saved['script']}; name the folder of a {parser.prog} run")
+    shapes.check_version(saved, "shapes")
     begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
+    for action in parser._actions:
+        if action.dest in begun and not could_be(action, saved[action.dest]):
+            value = f"{action.dest} is {saved[action.dest]!r:.60}"
+            raise UserError(f"{output / 'args.json'} is damaged ({value}); {remedy}")
     parser.set_defaults(**{name: saved[name] for name in begun})
     args = parser.parse_args()
     args.output = output
@@ -103,6 +123,23 @@ def parse_resumed(parser, output, free):
                 " leave the flag out, or start a new run with another --output"
             )
     return args
+
+
+def could_be(action, value):
+    """Whether a value from a file could have come from a flag of the parser."""
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if value is None or (isinstance(value, list) and action.nargs is None):
+        return value is None and action.default is None
+    for each in value if isinstance(value, list) else [value]:
+        if action.choices is not None and each not in action.choices or isinstance(each, (bool, dict, list)):
+            return False
+        try:
+            if action.type is None and not isinstance(each, str) or action.type and action.type(str(each)) != each:
+                return False
+        except (ValueError, argparse.ArgumentTypeError):
+            return False
+    return True
 
 
 def as_flag(name, value):
@@ -120,16 +157,57 @@ def default_output(backbone, data, name):
     return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).resolve().name}"
 
 
-def check_output(output, continues):
-    """Create the run folder. Raises UserError if it is not writable, or holds a run that this one does not continue."""
+def check_output(output, continues, data):
+    """Create the run folder, and lock it until the process ends.
+
+    Raises UserError if it is not writable, is used by another process, has to do with a folder of data, or holds a run
+    that this one does not continue.
+    """
+    if Path(data).is_dir():
+        there, here = Path(data).resolve(), output.resolve()
+        if there == here or there in here.parents or here in there.parents:
+            raise UserError(
+                f"--output {output} and --data {data} are one folder, or one lies in the other: a run's pictures would"
+                " become data; name another --output"
+            )
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise UserError(f"--output {output} cannot be written ({error}); name another folder") from error
+    if PartialState().is_main_process:
+        lock(output)
     left = [file for file in ("backbone/model.safetensors", "results.json") if (output / file).exists()]
     if not continues and (complete_checkpoints(output / "checkpoints") or left):
         raise UserError(f"--output {output} holds another run; add --resume to continue it, or name another folder")
+
+
+def lock(folder):
+    """Lock a run folder for this process. The lock goes with the process, however it ends.
+
+    Raises UserError that names the process which holds it.
+    """
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by data workers, which may outlive the process
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(
+            f"--output {folder} is used by {holder}; wait for it, stop it, or name another folder", alone=True
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    LOCKS.append(file)
+
+
+def check_memory(needs):
+    """Raise UserError for sizes that this machine's memory does not hold. needs: {flags: bytes that they take}."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for what, size in needs.items():
+        if size > memory:
+            raise UserError(f"{what} would take {size / 1e9:.3g} GB, this machine has {memory / 1e9:.3g}; lower it")
 
 
 def check_batch(batch_size, processes, part_flag, part):

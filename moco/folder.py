@@ -1,6 +1,7 @@
 """A folder of images on disk: which of its folders are splits, which are classes, and the files in them."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -16,62 +17,110 @@ TEST = ("validation", "valid", "val", "dev", "eval", "test", "testing")  # the f
 
 
 def folder_splits(name):
-    """{split: data set} of a folder of images, or None where it holds something else, which `datasets` may read.
+    """{split: data set} of a folder of images, or None if it holds something else, which `datasets` may read.
 
     Folders are splits if the names of all are in TRAIN or TEST, or if there are names of both kinds. A data set has the
     column "image" and, if there are several folders in the split, "label", the number of the folder among those of
-    training in alphabetical order, however deep below it an image lies. What is left out is printed: files that are no
-    images, images beside splits, and labels of classes that are not trained on.
+    training in alphabetical order, however deep below it an image lies. What was found is printed, and what is left
+    out: files that are no images, images beside splits, and labels of classes that are not trained on.
     """
-    images, others = list_files(os.path.abspath(name))
+    images, others, skipped = list_files(os.path.abspath(name))
     if not images or any(path.endswith(".parquet") or Path(path).stem == "metadata" for path in others):
+        if images and any(path.endswith(".parquet") for path in others) and PartialState().is_main_process:
+            print(f"found   parquet files in {name}; {len(images)} image files beside them are left out")
         return None
     root = os.path.commonpath({os.path.dirname(path) for path in images})
     splits = by_folder(images, root)
     kinds = {"train" if part.lower() in TRAIN else "test" if part.lower() in TEST else "" for part in splits if part}
     if "" in kinds and kinds != {"", "train", "test"}:
         splits, kinds = {"": images}, set()
-    loose = splits.pop("") if kinds and "" in splits else []
+    beside = splits.pop("") if kinds and "" in splits else []
     classes = {split: by_folder(paths, os.path.join(root, split) if split else root) for split, paths in splits.items()}
     trained = next((found for split, found in classes.items() if split.lower() in TRAIN), next(iter(classes.values())))
     names = sorted(trained) if len(trained) > 1 and "" not in trained else None
-    strange = {split: sorted(set(found) - set(names or found) - {""}) for split, found in classes.items()}
+    extra_classes = {split: sorted(set(found) - set(names or found) - {""}) for split, found in classes.items()}
     if PartialState().is_main_process:
-        if others:
-            suffixes = sorted({Path(path).suffix or Path(path).name for path in others})
-            print(f"data    {len(others)} files in {name} are no images and left out: {', '.join(suffixes[:8])}")
-        if loose:
-            print(f"data    {len(loose)} images in {name} lie beside the splits and are left out")
-        for split, found in strange.items():
-            if found:
-                print(
-                    f"data    labels of {split} left out, with classes that are not trained on: {', '.join(found[:5])}"
-                )
+        print_found(name, classes, names, root)
+        print_left_out(name, others, skipped, beside, extra_classes)
     return {
-        split.lower() or "train": image_rows(found, None if strange[split] else names)
+        split.lower() or "train": image_rows(found, None if extra_classes[split] else names)
         for split, found in classes.items()
     }
 
 
-def list_files(folder, above=()):
-    """(paths of images, of other files) in a folder and below, in order, links followed, without hidden ones.
+def print_found(name, classes, names, root):
+    """One line of what a folder holds: images and their formats by split, and the folders that are the classes."""
+    counts = []
+    for split, found in classes.items():
+        suffixes = Counter(Path(path).suffix.lower() for paths in found.values() for path in paths)
+        formats = ", ".join(f"{count} {suffix[1:]}" for suffix, count in suffixes.most_common())
+        counts.append(f"{split} {formats}" if split else formats)
+    where = "" if root == os.path.abspath(name) else f" in {root}"
+    if names:
+        labels = f"{len(names)} classes, a folder each: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+    elif all(set(found) == {""} for found in classes.values()):
+        labels = "no labels: all images are in one folder"
+    elif any("" in found for found in classes.values()):
+        labels = "no labels: some images lie beside the class folders"
+    else:
+        labels = "no labels: there is one class alone"
+    print(f"found   {'; '.join(counts)}{where}; {labels}")
 
-    above: what the folders that it lies in are told by; a link back to one of them is a circle and not followed.
+
+def print_left_out(name, others, skipped, beside, extra_classes):
+    """A line for each kind of thing that is left out."""
+    if others:
+        suffixes = sorted({Path(path).suffix or Path(path).name for path in others})
+        print(f"        left out {len(others)} files in {name} that are no images: {', '.join(suffixes[:8])}")
+    if skipped:
+        shown = ", ".join(map(ascii, skipped[:3])) + (" ..." if len(skipped) > 3 else "")
+        print(f"        left out {len(skipped)} that are no regular files, or have no name in UTF-8: {shown}")
+    if beside:
+        print(f"        left out {len(beside)} images in {name} that lie beside the splits")
+    for split, found in extra_classes.items():
+        if found:
+            print(
+                f"        left out the labels of {split}, with classes that are not trained on: {', '.join(found[:5])}"
+            )
+
+
+def list_files(folder, above=(), seen=None, links=0):
+    """(paths of images, of other files, what is skipped) in a folder and below, in order, without hidden ones.
+
+    Links are followed, but not back to a folder that they lie in (above); after another link (links: so many were
+    followed to get here) only to a folder that was not visited before (seen), or folders that link to each other would
+    be walked in every order there is.
+    Skipped are pipes, sockets and devices, which block or never end, links to nothing or to themselves, and names that
+    are not UTF-8.
     """
-    status = os.stat(folder)
-    here = (*above, (status.st_dev, status.st_ino))
-    images, others = [], []
-    if here[-1] in above:
-        return images, others
+    status, seen = os.stat(folder), set() if seen is None else seen
+    here = (status.st_dev, status.st_ino)
+    images, others, skipped = [], [], []
+    if here in above or (links > 1 and here in seen):
+        return images, others, skipped
+    seen.add(here)
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            for found, more in zip((images, others), list_files(entry.path, here), strict=True):
+        kind = kind_of(entry)
+        if kind == "folder":
+            below = list_files(entry.path, (*above, here), seen, links + entry.is_symlink())
+            for found, more in zip((images, others, skipped), below, strict=True):
                 found += more
+        elif kind == "other":
+            skipped.append(entry.path)
         else:
             (images if entry.name.lower().endswith(SUFFIXES) else others).append(entry.path)
-    return images, others
+    return images, others, skipped
+
+
+def kind_of(entry):
+    """Whether an entry of a folder is a "folder", a "file" or something "other" that must not be opened."""
+    try:
+        entry.name.encode()
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except (OSError, UnicodeEncodeError):  # a link to itself; a name of other bytes
+        return "other"
 
 
 def by_folder(paths, root):

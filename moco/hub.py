@@ -23,8 +23,8 @@ from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
 import huggingface_hub
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status, http_backoff
 
-from moco.checkpoint import write_json
 from moco.errors import UserError, first_line
+from moco.jsonfile import write_json
 
 TIMEOUT = 20  # seconds without a byte after which a connection is given up and tried again
 RETRIES, LONGEST_WAIT = 30, 64  # waits of 1, 2, 4 ... 64, 64 seconds: about 25 minutes in all

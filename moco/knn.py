@@ -1,7 +1,6 @@
 """The weighted kNN classifier, and features to run it on: how well a backbone separates classes, without training."""
 
 import copy
-import json
 import shutil
 
 import numpy as np
@@ -14,12 +13,17 @@ from tqdm import tqdm
 from moco.augment import normalize, to_float
 from moco.backbone import feature_width
 from moco.batches import CenterCrops, loader, ordered_rows
-from moco.checkpoint import write_json
 from moco.errors import UserError
+from moco.jsonfile import is_whole, read_json, write_json
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 SIMILARITIES = 2**26  # entries of the similarity matrix at a time: 256 MB in float32
 MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most
+
+
+def default_k(images):
+    """How many neighbours vote: the papers' 200, and of a bank below 5,000 images one in 25, at least 1."""
+    return min(200, max(1, images // 25))
 
 
 @torch.no_grad()
@@ -27,8 +31,8 @@ def knn_predict(features, bank, bank_labels, classes, k=200, temperature=0.07):
     """Score of each class: the k nearest of the bank by cosine vote with weight exp(cosine / temperature).
 
     features: (N, D). bank: (M, D), M >= 1. bank_labels: (M,) int64 below `classes`. k is cut to M.
-    Returns (N, classes) scores; a class without a vote has 0. For features at hand; the scripts' `knn_evaluate` is the
-    same over processes that share the bank.
+    Returns (N, classes) scores; a class without a vote has 0. `knn_evaluate` does the same for processes that share the
+    bank.
     Source: arXiv:1805.01978, section 3.4.
     """
     features, bank = F.normalize(features, dim=1), F.normalize(bank, dim=1)
@@ -75,7 +79,7 @@ def extract_features(backbone, dataset, rows, size, workers, accelerator):
     features = torch.zeros(len(rows), feature_width(backbone.state_dict()), device=accelerator.device)
     labels = torch.zeros(len(rows), dtype=torch.long, device=accelerator.device)
     undecodable = fill_features((features[first:], labels[first:]), backbone, dataset, mine, size, workers, accelerator)
-    # Shares differ in length, and the rows of others are zero here: a sum is the simplest way to join them.
+    # Shares differ in length, and the rows of other processes are zero here, so a sum joins them.
     return accelerator.reduce(features, "sum"), accelerator.reduce(labels, "sum"), undecodable
 
 
@@ -90,10 +94,10 @@ def fill_features(out, backbone, dataset, rows, size, workers, accelerator):
 
 
 def feature_bank(backbone, dataset, rows, size, workers, accelerator):
-    """This process's share of the features of `rows`, (m, width) float32 and L2-normalised in place, and labels (m,).
+    """This process's share of the features of `rows`, (m, width) float32 and L2-normalised, and its labels (m,).
 
-    Written batch by batch into one tensor: to collect them first would hold them twice. Also returns the undecodable
-    images as (name, reason).
+    Written batch by batch into one tensor, because collecting them first would hold them twice. Also returns the
+    undecodable images as (name, reason).
     """
     _, mine = dataset.split(rows, accelerator.num_processes)[accelerator.process_index]
     bank = torch.empty(len(mine), feature_width(backbone.state_dict()), device=accelerator.device)
@@ -105,14 +109,16 @@ def feature_bank(backbone, dataset, rows, size, workers, accelerator):
 def cache_features(folder, backbone, digest, dataset, size, workers, accelerator):
     """Write features of one fixed crop of each image, float16, and labels to folder/*.npy, for `CachedFeatures`.
 
-    Each process writes its part of the same files; digest: of the backbone, by which a finished cache is known again.
-    Returns this process's undecodable images as (name, reason), and how many all have; of a finished cache only this.
-    Raises UserError where the disk is too full.
+    Each process writes its part of the same files. digest: of the backbone; a finished cache is recognised by it.
+    Returns this process's undecodable images as (name, reason), and the number of all; for a finished cache, only that.
+    Raises UserError if the disk is too full.
     """
     made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": size}
     paths, done = [folder / "features.npy", folder / "labels.npy"], folder / "cache.json"
-    if done.exists() and made_of.items() <= (known := json.loads(done.read_text())).items():
-        return [], known["undecodable"]
+    if done.exists():
+        known = read_json(done, {"undecodable": is_whole}, "remove it, and the features are made again")
+        if made_of.items() <= known.items():
+            return [], known["undecodable"]
     accelerator.wait_for_everyone()
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -121,7 +127,7 @@ def cache_features(folder, backbone, digest, dataset, size, workers, accelerator
     accelerator.wait_for_everyone()
     width = feature_width(backbone.state_dict())
     needed, free = len(dataset) * (2 * width + 8), shutil.disk_usage(folder).free
-    if needed > free:  # else a bus error tells of it, for files are mapped and filled later
+    if needed > free:  # otherwise a bus error would end the run: files are mapped now and filled later
         raise UserError(f"{folder} needs {needed / 1e9:.1f} GB for features, {free / 1e9:.1f} GB are free; make room")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -172,10 +178,10 @@ def knn_evaluate(features, labels, bank, bank_labels, classes, ks, temperature, 
 
 
 def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
-    """kNN accuracy in percent of test images, or of training images held out of the bank where there is no test set.
+    """kNN accuracy in percent of test images or, without a test set, of training images held out of the bank.
 
-    encoder: a ResNet, whose head `fc` is left out; run in eval mode on a copy. A fixed sample of at most MONITOR_BANK
-    and MONITOR_QUERIES images, so that it follows training, not more: the full evaluation is linear_probe.py's.
+    encoder: a ResNet; a copy of it runs in eval mode without its head `fc`. It looks at a fixed sample of at most
+    MONITOR_BANK and MONITOR_QUERIES images, which is enough to follow training; linear_probe.py evaluates in full.
     Returns the accuracy, this process's undecodable images as (name, reason), and how many images were looked at.
     """
     backbone = copy.deepcopy(encoder).eval()
@@ -189,5 +195,6 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
     bank, bank_labels, failed = feature_bank(backbone, train_set, rows, size, workers, accelerator)
     features, labels, failed_too = extract_features(backbone, test_set, queries, size, workers, accelerator)
     classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
-    scores = knn_evaluate(features, labels, bank, bank_labels, classes, [200], 0.07, accelerator)
-    return scores[200]["top1"], failed + failed_too, len(rows) + len(queries)
+    k = default_k(len(rows))
+    scores = knn_evaluate(features, labels, bank, bank_labels, classes, [k], 0.07, accelerator)
+    return scores[k]["top1"], failed + failed_too, len(rows) + len(queries)

@@ -1,6 +1,5 @@
 """Publish a backbone on the Hub: its model card, and the upload."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from moco.checkpoint import weights_digest
 from moco.errors import UserError, first_line
+from moco.jsonfile import is_numeric, is_object, is_text, is_whole, or_absent, read_json
 
 PUBLISHED = ("model.safetensors", "config.json", "README.md", "curves.png")
 PAPERS = {
@@ -27,11 +27,11 @@ AP_RULES = {
 
 
 def push_backbone(run, name, private=False):
-    """Upload a run's backbone with its model card; the repository is created where it is not there.
+    """Upload a run's backbone with its model card; the repository is created if it does not exist.
 
     run: a run folder of train_moco.py or linear_probe.py, or a folder of `save_backbone`. name: USER/NAME.
     Everything is written to the folder before anything is sent, so that a push which fails can be repeated.
-    Returns the repository's address. Raises UserError where there is nothing to push or the Hub does not take it.
+    Returns the repository's address. Raises UserError if there is nothing to push or the Hub does not take it.
     """
     folder = prepare_folder(Path(run), name)
     private_flag = " --private" if private else ""
@@ -62,7 +62,7 @@ def push_backbone(run, name, private=False):
 
 
 def check_push(name):
-    """Raise UserError at once where a push to `name` at the end of a run could not succeed for want of a login."""
+    """Raise UserError before a run whose push to `name` at its end could not succeed without a login."""
     try:
         huggingface_hub.utils.validate_repo_id(name)
         if "/" not in name:
@@ -87,7 +87,7 @@ def prepare_folder(run, name):
         )
     if (run / "curves.png").exists() and folder != run and not (run / "detections.png").exists():  # of pre-training
         shutil.copy(run / "curves.png", folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", {"architecture": is_text, "moco": is_object}, "restore it")
     results = find_results(run, weights_digest(load_file(folder / "model.safetensors")))
     (folder / "README.md").write_text(model_card(config, results, name, (folder / "curves.png").exists()))
     return folder
@@ -101,8 +101,28 @@ def find_results(run, digest):
     names = ("linear_probe", "detection")
     folders = [run, *(folder / name for folder in (run, run.parent) for name in names)]
     paths = dict.fromkeys(folder.resolve() / "results.json" for folder in folders)
-    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    found = [read_results(path) for path in paths if path.exists()]
     return [results for results in found if results["backbone_sha256"] == digest]
+
+
+def read_results(path):
+    """One results.json. Raises UserError if what the card shows is missing from it or of the wrong kind."""
+
+    def holds(*keys):
+        return lambda scores: is_object(scores) and all(is_numeric(scores.get(key)) for key in keys)
+
+    remedy = "remove it, or run the evaluation again"
+    common = {"backbone_sha256": is_text, "data": is_text, "data_on_hub": lambda value: isinstance(value, bool)}
+    results = read_json(path, common, remedy)
+    if "AP" in results:
+        fields = {key: is_whole for key in ("iterations", "train_images", "test_images")}
+        fields |= {rule: or_absent(holds("AP", "AP50", "AP75")) for rule in AP_RULES}
+    else:
+        fields = {key: is_whole for key in ("classes", "validation_images", "held_out_images")}
+        fields |= {key: is_numeric for key in ("lr", "top1", "top5")}
+        fields["classifiers"] = lambda classifiers: isinstance(classifiers, list)
+        fields["knn"] = or_absent(lambda knn: is_object(knn) and all(map(holds("top1", "top5"), knn.values())))
+    return read_json(path, fields, remedy)
 
 
 def public_name(data):
@@ -122,7 +142,7 @@ def model_card(config, results, name, with_curves):
         library_name=None if small else "timm",
         pipeline_tag="image-feature-extraction",
         tags=["image-feature-extraction", *([] if small else ["timm", "transformers"]), "moco"],
-        license="mit" if settings.get("recipe") else "other",  # of imported weights the source's, which is not known
+        license="mit" if settings.get("recipe") else "other",  # imported weights keep their own, which is not known
         datasets=[settings["data"]] if settings.get("data_on_hub") else None,
         metrics=["accuracy"],
         model_name=name.split("/")[-1],

@@ -22,8 +22,8 @@ CURVE_POINTS = 400  # drawn of a log at most: every line of a long one would tak
 def save_views(path, dataset, rows, recipe, size, batch_size, seed):
     """Images of the first step, a column each: the image with its two crops, the query view and the key view.
 
-    rows: [(epoch, index), ...], the first of process 0 in step 0; the views are those that the encoders get of
-    them, made by the same functions, only the normalisation is undone.
+    rows: [(epoch, index), ...], the first of process 0 in step 0. The views are what the encoders get, made by the same
+    functions; only the normalisation is undone.
     """
     images = [read_image(dataset, index)[0] for _, index in rows]
     boxes = [
@@ -56,8 +56,8 @@ def save_views(path, dataset, rows, recipe, size, batch_size, seed):
 def save_curves(path, metrics, candidates):
     """Loss beside its chance level, contrast accuracy, kNN and learning rate over epochs.
 
-    metrics: path of metrics.jsonl. candidates: among which the positive is to be found, for the chance level: 1 + K,
-    or SimCLR's 2N - 1.
+    metrics: path of metrics.jsonl. candidates: how many the positive is among, for the chance level: 1 + K, or
+    SimCLR's 2N - 1.
     """
     lines = read_metrics(metrics, CURVE_POINTS)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
@@ -70,7 +70,7 @@ def save_curves(path, metrics, candidates):
     for ax, (key, title, color) in zip(axes.flat, panels, strict=True):
         points = [(line["epoch"], line[key]) for line in lines if key in line]
         if points:
-            ax.plot(*zip(*points, strict=True), color=color, marker="o" if key == "knn" else None)
+            ax.plot(*zip(*points, strict=True), color=color, marker="o" if key == "knn" or len(points) == 1 else None)
         ax.set_title(title)
         ax.grid(alpha=0.3)
     chance = math.log(candidates)
@@ -100,7 +100,8 @@ def save_detection_curves(path, metrics):
         for key, label in keys.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             if points:
-                ax.plot(*zip(*points, strict=True), label=label, marker="o" if "AP" in key else None)
+                marker = "o" if "AP" in key or len(points) == 1 else None
+                ax.plot(*zip(*points, strict=True), label=label, marker=marker)
         if len(ax.lines) > 1:
             ax.legend()
         ax.set_title(title)
@@ -129,6 +130,8 @@ def save_detections(path, records, predictions, classes, images=6, threshold=0.5
         truth = [classes[label] for label in record["labels"]]
         axes[0, column].imshow(annotated(image, record["boxes"], record["labels"], truth))
         axes[1, column].imshow(annotated(image, found["boxes"][sure], found["labels"][sure], names, masks))
+        if not sure.any():
+            axes[1, column].set_title("none")
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])

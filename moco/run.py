@@ -1,22 +1,13 @@
-"""A run: its folder, log, checkpoints, resume and stop; and starting Accelerate for it."""
+"""A run: its folder, log, checkpoints, resume and stop."""
 
-import importlib.metadata
-import os
-import platform
 import signal
-import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from tqdm import tqdm
 
 from moco.checkpoint import (
@@ -28,15 +19,24 @@ from moco.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
     trim_metrics,
-    write_json,
 )
 from moco.decode import check_undecodable, name_undecodable
-from moco.errors import UserError
+from moco.errors import UserError, first_line
 from moco.hub import traffic_line
+from moco.jsonfile import is_numeric, is_object, is_text, is_whole, or_absent, write_json
+from moco.launch import LONG_PATIENCE, STEP_PATIENCE, catch_signals, provenance, release_signals, set_patience
 
-# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/hub.py);
-# downloads and evaluations take longer.
-STEP_PATIENCE, LONG_PATIENCE = timedelta(minutes=40), timedelta(hours=3)
+CHECKPOINT_SECONDS = 600  # a checkpoint is also due after so long, so that a slow run never starts from nothing
+STATE = {  # what a checkpoint's state.json holds; those of earlier versions lack the last four
+    "images": is_whole,
+    "undecodable": is_whole,
+    "rows": or_absent(is_object),
+    "backbone_sha256": or_absent(is_text),
+    "scaler": or_absent(is_object),
+    "data": or_absent(is_text),
+    "sums": or_absent(lambda sums: is_object(sums) and all(map(is_numeric, sums.values()))),
+    "summed": or_absent(is_whole),
+}
 
 
 class Run:
@@ -55,21 +55,22 @@ class Run:
     modules: {name: module} to save and load; every process must hold equal ones. settings: the script's flags, for
     args.json. images: how many there are to train on. steps_per_epoch: images // batch_size unless given.
     order: what the order of images depends on besides the flags; if it differs, the run resumes at the start of its
-    epoch. backbone_sha256: of the weights a probe or detector starts from; if it differs, the run is not resumed.
-    finite: whether weights must be finite to be saved; otherwise the run stops as diverged. traffic: of `moco.hub`,
-    counts what this process and its data workers read, to be logged; None where nothing does.
+    epoch. fingerprint: of the training data, and backbone_sha256: of the weights a probe or detector starts from; if
+    one of them differs, the run is not resumed.
+    finite: whether weights must be finite to be saved; otherwise the run stops as diverged.
+    traffic: of `moco.hub`, counts what this process and its data workers read, to be logged; None where nothing does.
     """
 
     def __init__(
         self, folder, accelerator, modules, optimizer, *, settings, images, batch_size, total_steps, checkpoint_every,
-        keep, steps_per_epoch=None, order=None, backbone_sha256=None, resume=False, evaluate=False, finite=True,
-        traffic=None,
+        keep, fingerprint, steps_per_epoch=None, order=None, backbone_sha256=None, resume=False, evaluate=False,
+        finite=True, traffic=None,
     ):  # fmt: skip
         self.folder, self.accelerator, self.modules, self.optimizer = folder, accelerator, modules, optimizer
         self.settings, self.images, self.batch_size = settings, images, batch_size
         self.steps_per_epoch = steps_per_epoch or images // batch_size
         self.checkpoint_every, self.keep, self.finite = checkpoint_every, keep, finite
-        self.origin = {"images": images, "rows": order, "backbone_sha256": backbone_sha256}
+        self.origin = {"images": images, "data": fingerprint, "rows": order, "backbone_sha256": backbone_sha256}
         self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
         self.done = 0  # steps taken, including the current one
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
@@ -78,9 +79,10 @@ class Run:
         self.traffic, self.counted, self.read = traffic, 0, 0  # what was read: counted so far, and since the last line
         self.undecodable, self.named = 0, set()  # images of this epoch; all names that were printed
         self.stopping, self.bar = None, None  # the signal that stops the run; its progress bar
+        self.saved_at, self.overdue = time.monotonic(), False  # the last checkpoint, and whether it is too long ago
         self.pool, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints
         if resume or evaluate:
-            self.load(same_epoch=evaluate)
+            self.load(total_steps, same_epoch=evaluate)
         self.total_steps = self.done if evaluate else total_steps
         accelerator.wait_for_everyone()  # nobody writes before everybody has read
         if accelerator.is_main_process and resume:
@@ -90,34 +92,54 @@ class Run:
             self.metrics.write_text("")
         self.signals = catch_signals()
 
-    def load(self, same_epoch):
-        """Restore everything from the newest checkpoint."""
-        tensors, state = load_checkpoint(complete_checkpoints(self.checkpoints)[-1])
+    def check_origin(self, state, path, total_steps):
+        """Raise UserError unless the state of a checkpoint is of the same data and backbone, and of this run."""
+        data, backbone = f"--data {self.settings['data']}", f"--backbone {self.settings.get('backbone')}"
         if state["images"] != self.images:
             raise UserError(
-                f"--data {self.settings['data']} has {self.images} images to train on, {self.folder} was begun on"
-                f" {state['images']}"
+                f"{data} has {self.images} images to train on, {self.folder} was begun on {state['images']}"
+            )
+        if state.get("data") not in (None, self.origin["data"]):
+            raise UserError(
+                f"{data} is not the data that {self.folder} was begun on: names or sizes of its files differ; name that"
+                " data, or start a new run with another --output"
             )
         if state.get("backbone_sha256") != self.origin["backbone_sha256"]:
+            raise UserError(f"{backbone} has changed since {self.folder} was begun; start a new run")
+        if state["step"] > total_steps:
             raise UserError(
-                f"--backbone {self.settings['backbone']} has changed since {self.folder} was begun; start a new run"
+                f"{path / 'state.json'} is damaged (step is {state['step']} of {total_steps}); remove {path} to resume"
+                " from the checkpoint before it"
             )
-        for name, module in self.modules.items():
-            module.load_state_dict(tensors[name])
-        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-        if self.accelerator.scaler is not None:
+
+    def load(self, total_steps, same_epoch):
+        """Restore everything from the newest checkpoint."""
+        path = complete_checkpoints(self.checkpoints)[-1]
+        tensors, state = load_checkpoint(path, STATE)
+        self.check_origin(state, path, total_steps)
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(tensors[name])
+            load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path} does not fit the flags in {self.folder / 'args.json'} ({first_line(error)}); one of them was"
+                " changed: restore it, or start a new run"
+            ) from error
+        if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.done, self.undecodable = state["step"], state["undecodable"]
         # A checkpoint of an earlier version has no sums: its first log line averages the steps since the resume.
-        self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in state.get("sums", {}).items()}
-        self.summed = state.get("summed", 0)
+        sums = state.get("sums") or {}
+        self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in sums.items()}
+        self.summed = state.get("summed") or 0
         position, note = self.done % self.steps_per_epoch, ""
         if not same_epoch and (state.get("rows") or {}) != (self.origin["rows"] or {}) and position:
             # The images of this epoch that were already used are not known.
             self.done -= position
             self.sums, self.summed, self.undecodable = {}, 0, 0
             note = (
-                f"\n        not {state['step']}: files, processes, workers or window differ, so the epoch starts again"
+                f"\n        not {state['step']}: processes, workers or window differ, so the epoch starts again"
                 " in a new order"
             )
         if self.accelerator.is_main_process:
@@ -126,7 +148,7 @@ class Run:
     # ---- the loop
 
     def steps(self):
-        """Yield the number of each remaining step, and save: at the start, when due, when a signal stops the run."""
+        """Yield the number of each remaining step, and save at the start, when due, and when a signal stops the run."""
         if self.done < self.total_steps:
             self.save()
         silent = not self.accelerator.is_main_process or self.done == self.total_steps
@@ -137,10 +159,12 @@ class Run:
             self.done, self.started = step + 1, time.perf_counter()
             yield step
             self.bar.update()
-            if self.due(self.checkpoint_every) or self.stopping:
+            if self.due(self.checkpoint_every) or self.stopping or self.overdue:
                 self.save()
             if self.stopping:
-                self.finish(143, f"SIGTERM: stopped after step {self.done}, which is saved; continue with --resume")
+                what = "Ctrl-C" if self.stopping == signal.SIGINT else "SIGTERM"
+                message = f"{what}: stopped after step {self.done}, which is saved; continue with --resume"
+                self.finish(128 + self.stopping, message)
         torch.backends.cudnn.benchmark = False
         set_patience(LONG_PATIENCE)
         self.bar.close()
@@ -181,9 +205,10 @@ class Run:
         """
         self.settle()
         row = torch.cat([value.detach().flatten() for value in values.values()])
+        overdue = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
         traffic = torch.tensor(self.traffic.totals() if self.traffic else [], dtype=torch.double)
-        shared = [torch.tensor([len(failed), max(self.signals, default=0)]), traffic - self.counted]
-        self.counted, shared = traffic, torch.cat(shared).to(row.dtype)
+        shared = torch.tensor([len(failed), max(self.signals, default=0), overdue])
+        shared, self.counted = torch.cat([shared, traffic - self.counted]).to(row.dtype), traffic
         row = torch.cat([row, shared.to(row.device, non_blocking=True)])
         rows = self.accelerator.gather(row[None]).to("cpu", non_blocking=True)  # a row a process
         arrived = torch.cuda.Event() if row.is_cuda else None
@@ -199,8 +224,8 @@ class Run:
         (done, failed, shapes, rows, arrived), self.pending = self.pending, None
         if arrived:
             arrived.synchronize()
-        sizes = [shape.numel() for shape in shapes.values()]
-        *columns, failures, signals, read = rows.double().tensor_split(np.cumsum([*sizes, 1, 1]).tolist(), dim=1)
+        sizes = [*(shape.numel() for shape in shapes.values()), 1, 1, 1]
+        *columns, failures, signals, overdue, read = rows.double().tensor_split(np.cumsum(sizes).tolist(), dim=1)
         for (name, shape), column in zip(shapes.items(), columns, strict=True):
             diverged = (~column.isfinite().any(dim=1)).nonzero().flatten().tolist() if name == "loss" else []
             if diverged:
@@ -208,7 +233,7 @@ class Run:
                 self.stop_diverged(f"the loss is {loss} at step {done - 1} on process {diverged[0]}")
             self.sums[name] = self.sums.get(name, 0) + column.mean(dim=0).view(shape)
         self.summed, self.read = self.summed + 1, self.read + read.sum(dim=0)  # of all processes
-        self.stopping = int(signals.max()) or None
+        self.stopping, self.overdue = int(signals.max()) or None, bool(overdue[0])
         if int((done - 1) / self.steps_per_epoch) > int((done - 2) / self.steps_per_epoch):
             self.undecodable = 0
         if failures.any():
@@ -255,6 +280,7 @@ class Run:
     def save(self):
         """Save a checkpoint of this moment. Training goes on while it is hashed and written to disk."""
         self.settle()
+        self.saved_at, self.overdue = time.monotonic(), False
         with self.aside("checkpoint"):
             if not check_equal_state(self.modules, self.accelerator) and self.finite:
                 self.stop_diverged(f"weights are not finite after step {self.done}")
@@ -297,78 +323,3 @@ class Run:
 def host_copy(tensors):
     """Copies of {key: tensor} in host memory that training does not touch."""
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-
-
-def provenance(processes):
-    """What made a run: script, versions, this repository's commit if there is one, and the number of processes."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    names = ("torch", "torchvision", "accelerate", "datasets")
-    return {
-        "script": Path(sys.argv[0]).name,
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
-        "commit": commit,
-        "processes": processes,
-    }
-
-
-# ---- processes, devices, signals
-
-
-def start_accelerator(mixed_precision, prefer_bf16=False, **options):
-    """The Accelerator of a script. Raises UserError for a device or a precision that cannot work.
-
-    prefer_bf16: take bfloat16 if no precision is given and it is fast on this machine's device.
-    DDP does not broadcast buffers before each forward pass: they are equal by construction, or averaged after it.
-    """
-    # Not every torch that this supports has the flag's successor.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # Accelerate's call
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONG_PATIENCE)]
-    if mixed_precision is None and prefer_bf16 and has_fast_bf16(PartialState().device.type):
-        mixed_precision = "bf16"
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
-    device = accelerator.device.type
-    if accelerator.mixed_precision == "fp16" and device == "cpu":
-        raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-    if accelerator.mixed_precision == "bf16" and device == "cuda" and not has_fast_bf16(device):
-        raise UserError("--mixed-precision bf16 needs an Ampere GPU or newer; use fp16 or no")
-    if device == "mps":
-        raise UserError("Apple's GPUs have no float64, which is needed here; set ACCELERATE_USE_CPU=true")
-    alone = device == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() == 1
-    if alone and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch, which leaves it one thread
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    if not accelerator.is_main_process:
-        datasets.disable_progress_bars()
-    return accelerator
-
-
-def has_fast_bf16(device):
-    """Whether bfloat16 is fast on a device type: "cuda" since Ampere, "cpu" with AVX512-BF16 or AMX."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def set_patience(timeout):
-    """How long collectives wait for other processes from now on."""
-    if torch.distributed.is_initialized():
-        set_timeout = getattr(torch.distributed, "set_timeout", None)  # older torch has it under a private name only
-        (set_timeout or torch.distributed.distributed_c10d._set_pg_timeout)(timeout)
-
-
-def catch_signals():
-    """A list that collects each SIGTERM from now on, instead of ending the process."""
-    caught = []
-    signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
-    return caught
-
-
-def release_signals(caught):
-    """Let SIGTERM end the process again, now that all is saved; one that came since the last step ends it now."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if caught:
-        signal.raise_signal(signal.SIGTERM)

@@ -39,11 +39,11 @@ def warmup_cosine_rate(base_lr, step, warmup, total):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step on each weight is in proportion to the weight: scaled by trust * |w| / |gradient|.
+    """SGD with momentum whose update of each weight is scaled by trust * |weight| / |gradient|.
 
-    The gradient is that with weight decay; the learning rate is inside the momentum. Biases and BatchNorm (tensors of
-    one dimension) are neither decayed nor scaled. Where one of the norms is 0 the scale is 1.
-    Source: arXiv:1708.03888, as SimCLR's code has it; other implementations differ in each of these points.
+    The gradient includes weight decay, and the learning rate is inside the momentum. Biases and BatchNorm (tensors of
+    one dimension) are neither decayed nor scaled. If one of the norms is 0, the scale is 1.
+    Source: arXiv:1708.03888, as in SimCLR's code; other implementations differ in each of these points.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -52,17 +52,18 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad
-                if parameter.dim() > 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    weight, gradient = parameter.norm(), update.norm()
-                    ratio = group["trust"] * weight / gradient
-                    update = update * torch.where((weight > 0) & (gradient > 0), ratio, 1)
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                state["momentum_buffer"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
-                parameter.sub_(state["momentum_buffer"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            scaled = [parameter for parameter in parameters if parameter.dim() > 1]
+            plain = [parameter for parameter in parameters if parameter.dim() <= 1]
+            updates = [parameter.grad for parameter in plain]
+            if scaled:
+                gradients = torch._foreach_add([p.grad for p in scaled], scaled, alpha=group["weight_decay"])
+                weight, gradient = (torch.stack(torch._foreach_norm(tensors)) for tensors in (scaled, gradients))
+                ratio = torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / gradient, 1)
+                updates += torch._foreach_mul(gradients, list(ratio))
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in plain + scaled]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates, alpha=group["lr"])
+            torch._foreach_sub_(plain + scaled, buffers)

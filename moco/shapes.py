@@ -22,6 +22,8 @@ import datasets
 import numpy as np
 from PIL import Image, ImageFilter
 
+from moco.errors import UserError
+
 PATTERNS = (
     "horizontal stripes, vertical stripes, diagonal stripes, checker, dots, rings, zigzag, grid, triangles, rays"
 ).split(", ")
@@ -31,6 +33,16 @@ CLASSES = tuple(f"{palette} {pattern}" for pattern in PATTERNS for palette in PA
 VERSION = 2  # 1, until commit 062b35c: ten classes, of patterns alone
 SPLITS = {"train": 6000, "test": 1500}  # images
 JPEG_QUALITY = 90
+
+
+def check_version(settings, data):
+    """Raise UserError if the settings of a run or a backbone are of another version of the built-in data than this."""
+    there = settings.get("data_version", 1)
+    if settings.get("data") == data == "shapes" and there != VERSION:
+        raise UserError(
+            f"this run or backbone was trained on version {there} of the built-in data, and this is version {VERSION}:"
+            " train it again, or use the commit that is in its args.json"
+        )
 
 
 def soft(distance, edge):

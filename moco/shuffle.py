@@ -1,8 +1,8 @@
 """Shuffled BatchNorm: keys are encoded in groups that share no more than chance with the groups of their queries.
 
 A query's group and its key's group would otherwise see the same images, and the encoder could tell the positive
-from the group's BatchNorm statistics instead of from the image (arXiv:1911.05722, section 3.3). Groups are
-micro-batches of `bn_batch` images here, not processes, so one process is as safe as eight and computes the same.
+from the group's BatchNorm statistics instead of from the image (arXiv:1911.05722, section 3.3). Groups are of
+--bn-batch images here, not processes, so one process is as safe as eight and computes the same.
 """
 
 import numpy as np
@@ -16,9 +16,9 @@ def shuffle_order(seed, step, batch_size):
 
 
 def exchange_rows(images, order, accelerator):
-    """Rows order[rank * n : (rank + 1) * n] of the global batch, of which this process holds n rows.
+    """Rows order[rank * n : (rank + 1) * n] of the global batch; this process holds n rows of it.
 
-    One all-to-all moves just the rows that change place, where gathering would send every row to every process.
+    One all-to-all moves only the rows that change place; gathering would send every row to every process.
     Returns (n, C, H, W), channels-last.
     """
     world, rank, n = accelerator.num_processes, accelerator.process_index, len(images)
@@ -41,24 +41,25 @@ def exchange_rows(images, order, accelerator):
 
 
 @torch.no_grad()
-def encode_keys(key_encoder, images, order, bn_batch, accelerator):
-    """Keys of the global batch, encoded in shuffled groups of `bn_batch` over all processes.
+def encode_keys(key_encoder, images, order, micro_batch, accelerator):
+    """Keys of the global batch, encoded in shuffled order over all processes.
 
     images: this process's (N, 3, H, W). order: a permutation of the global batch, equal on all processes.
+    micro_batch: images in a forward pass.
     Returns all keys (global N, C) in sample order, L2-normalised, float32 (float64 from a float64 encoder).
-    Raises ValueError where the sizes do not divide.
-    Source: arXiv:1911.05722, section 3.3, with micro-batches in the place of GPUs.
+    Raises ValueError if the sizes do not divide.
+    Source: arXiv:1911.05722, section 3.3, with BatchNorm groups in the place of GPUs.
     """
     n, total = len(images), len(images) * accelerator.num_processes
     if len(order) != total:
         raise ValueError(f"order has {len(order)} entries for a global batch of {total}")
-    if n % bn_batch:
-        raise ValueError(f"{n} images per process are not divisible by bn_batch {bn_batch}")
+    if n % micro_batch:
+        raise ValueError(f"{n} images per process are not divisible by micro_batch {micro_batch}")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if half:
         images = images.to(half)  # as the first convolution will see them under autocast: half the bytes to exchange
     shuffled = exchange_rows(images, order, accelerator)
     with accelerator.autocast():
-        keys = torch.cat([key_encoder(group) for group in shuffled.split(bn_batch)])
+        keys = torch.cat([key_encoder(group) for group in shuffled.split(micro_batch)])
     keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=1)
     return accelerator.gather(keys)[order.argsort().to(keys.device, non_blocking=True)]

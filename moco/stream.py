@@ -146,7 +146,7 @@ class ParquetImages:
 
     def order(self, world, workers, window):
         """What else the order of the rows depends on."""
-        return {"files": self.fingerprint(), "processes": world, "workers": max(1, workers), "window": window}
+        return {"processes": world, "workers": max(1, workers), "window": window}
 
     def sample(self, n):
         """A fixed sample of n rows, or all if there are fewer: those of random row groups."""

@@ -3,14 +3,18 @@
 pytest tests/test_bad_input.py
 """
 
+import errno
 import functools
+import json
+import os
 import shutil
-import signal
+import socket
 import sys
 
+import datasets
 import pytest
 from accelerate.tracking import get_available_trackers
-from conftest import refusal, run_script
+from conftest import refusal, run_script, start_script
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,6 +23,7 @@ import train_moco
 from moco.checkpoint import complete_checkpoints
 from moco.encoder import build_encoder
 from moco.errors import UserError, one_line_errors
+from moco.flags import lock
 from moco.shapes import draw_scene, encode_jpeg
 
 SMALL = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --batch-size 8 --bn-batch 4 --mixed-precision no"
@@ -81,6 +86,13 @@ def refuse(monkeypatch, capsys, tmp_path):
         ("--workers -1", "--workers -1 0 or more"),
         ("--seed -1", "--seed -1 at least 0"),
         ("--seed 9223372036854775808", "--seed 9223372036854775808 below 2^63"),
+        ("--lr inf", "--lr inf a number above 0 and at most 1e+09"),
+        ("--lr 1e308", "--lr 1e+308 at most 1e+09"),
+        ("--weight-decay nan", "--weight-decay nan a number from 0"),
+        ("--queue-size 1000000000000", "--queue-size 1000000000000 --dim 16 would take 6.4e+04 GB"),
+        ("--dim 100000000000", "--dim 100000000000 would take GB"),
+        ("--image-size 1000000", "--image-size 1000000 would take GB"),
+        ("--workers 100000000", "--workers 100000000 would take GB"),
     ],
 )
 def test_a_value_outside_its_limits(refuse, folder, tmp_path, flags, words):
@@ -97,7 +109,9 @@ def test_a_tracker_that_is_not_installed(refuse, folder):
 # ---- data
 
 
-@pytest.mark.parametrize("name", ["shape", "no/such/folder", "./nowhere", "/nowhere/at/all"])
+@pytest.mark.parametrize(
+    "name", ["shape", "shapes/", "user/..", "../x", "no/such/folder", "./nowhere", "/nowhere/at/all", "a b/c", ""]
+)
 def test_data_that_is_nowhere(refuse, name):
     line = refuse("--data", name)
     assert name in line and "neither 'shapes', nor a folder here" in line
@@ -108,6 +122,10 @@ def test_a_hub_name_while_the_hub_cannot_be_reached(refuse, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
     line = refuse("--data", "someone/something")
     assert "someone/something" in line and "hf auth login" in line
+
+
+def test_a_version_of_what_is_not_on_the_hub(refuse, folder):
+    assert "--revision v1 names a version on the Hub, which" in refuse("--data", folder, "--revision", "v1")
 
 
 @pytest.mark.parametrize("flag", ["--image-column", "--label-column"])
@@ -182,6 +200,85 @@ def test_resume_from_a_damaged_checkpoint(refuse, folder, finished_run, tmp_path
     line = refuse("--data", folder, "--epochs", 1, "--resume")
     assert str(checkpoint) in line and "queue.safetensors" in line
     assert file.exists()  # nothing is thrown away
+
+
+def test_an_output_without_a_name_or_in_the_data(refuse, folder, tmp_path):
+    assert "--output '' must be the name of a folder" in refuse("--data", folder, output="")
+    for output in (folder, folder / "runs", folder.parent):
+        line = refuse("--data", folder, output=output)
+        assert str(output) in line and "a run's pictures would become data" in line
+
+
+def test_two_runs_in_one_folder(refuse, folder, tmp_path):
+    """The lock goes with the process that holds it, however it ends."""
+    (tmp_path / "run").mkdir()
+    code = "import sys, time; from pathlib import Path; from moco.flags import lock; lock(Path(sys.argv[1]));"
+    holder = start_script("-c", f"{code} print('locked', flush=True); time.sleep(60)", tmp_path / "run")
+    assert holder.stdout.readline() == "locked\n"
+    line = refuse("--data", folder)
+    assert f"is used by process {holder.pid} on {socket.gethostname()}" in line and "name another folder" in line
+    holder.kill()
+    holder.wait()
+    lock(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": "warm"}, "args.json is damaged (temperature is 'warm') restore it"),
+        ({"epochs": None}, "args.json is damaged (epochs is None) restore it"),
+        ({"batch_size": [8]}, "args.json is damaged (batch_size is [8])"),
+        ({"no_streaming": "yes"}, "args.json is damaged (no_streaming is 'yes')"),
+        ({"recipe": "v9"}, "args.json is damaged (recipe is 'v9')"),
+        ({"script": 3}, "args.json is damaged (script is 3)"),
+        ({"arch": "resnet18"}, "does not fit the flags in args.json one of them was changed"),
+        (None, "args.json is missing; restore it, or start a new run"),
+    ],
+)
+def test_resume_with_flags_that_somebody_edited(finished_run, tmp_path, monkeypatch, capsys, change, words):
+    shutil.copytree(finished_run, tmp_path / "run")
+    path = tmp_path / "run" / "args.json"
+    path.unlink() if change is None else path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    line = refusal(train_moco, ["--output", tmp_path / "run", "--resume"], monkeypatch, capsys)
+    assert all(word in line for word in words.split()), line
+
+
+def test_resume_on_other_data_of_the_same_size(refuse, folder, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "moved")
+    (tmp_path / "moved" / "3.jpg").write_bytes(encode_jpeg(draw_scene("test", 3)[0]))
+    line = refuse("--data", tmp_path / "moved", "--epochs", 1, "--resume")
+    assert "is not the data that" in line and "names or sizes of its files differ" in line
+
+
+def test_images_beside_parquet_files_and_files_of_other_columns(refuse, tmp_path, capsys):
+    rows = datasets.Dataset.from_dict({"image": [encode_jpeg(draw_scene("train", 0)[0])] * 8})
+    rows = rows.cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "data" / "train-0.parquet")
+    (tmp_path / "data" / "0.png").write_bytes(b"")
+    rows.add_column("name", ["a"] * 8).to_parquet(tmp_path / "data" / "train-1.parquet")
+    line = refuse("--data", tmp_path / "data")
+    assert "train-1.parquet has the columns" in line and "must be the same in all files" in line
+
+
+def test_labels_beyond_any_number_of_classes(refuse_probe, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [encode_jpeg(draw_scene("train", 0)[0])] * 8, "label": [2**62] * 8})
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "data" / "train.parquet")
+    flags = ["--backbone", "random", "--arch", "resnet10"]
+    assert "1000000 classes are the most" in refuse_probe("--data", tmp_path / "data", *flags)
+
+
+def test_a_full_disk_and_streams_that_nobody_reads(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise OSError(errno.ENOSPC, "No space left on device", "views.png")
+    assert stopped.value.code == 2 and "views.png cannot be written (No space left" in capsys.readouterr().err
+    read, write = os.pipe()
+    os.close(read)
+    for stream in (open(write, "w", buffering=1), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        with one_line_errors():
+            print("nobody reads this\n" * 10_000, flush=True)
+            print("nor this", flush=True)
 
 
 def test_an_output_that_cannot_be_written(refuse, folder, tmp_path):
@@ -283,9 +380,13 @@ def test_a_batch_that_two_processes_cannot_share(folder, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1
     assert "12 is not divisible by 2 processes" in lines[0] and "use --batch-size 8 or 16" in lines[0]
-    flags += ["--recipe", "simclr", "--bn-batch", "12", "--epochs", "20"]
-    done = run_script("train_moco.py", "--data", folder, "--output", tmp_path / "run", *flags, processes=2)
-    assert "--bn-batch 12 over 2 processes needs SyncBatchNorm" in done.stderr and "use --bn-batch 6" in done.stderr
+
+
+def test_simclr_over_several_processes_needs_gpus(monkeypatch, folder):
+    flags = ["--data", str(folder), "--recipe", "simclr", "--batch-size", "12"]
+    monkeypatch.setattr(sys, "argv", ["train_moco.py", *flags])
+    with pytest.raises(UserError, match="--bn-batch 12 over 2 processes needs SyncBatchNorm.*; use --bn-batch 6"):
+        train_moco.check_args(train_moco.parse_args(), 2, "cpu")
 
 
 class Failing(Dataset):
@@ -303,13 +404,14 @@ def test_a_mistake_found_by_a_worker_is_one_line_on_any_process(capsys, monkeypa
     assert capsys.readouterr().err == "error: the message\n"
 
 
-@pytest.mark.parametrize("error, code", [("UserError", 2), ("RuntimeError", 1), ("KeyboardInterrupt", -signal.SIGINT)])
+@pytest.mark.parametrize("error, code", [("UserError", 2), ("RuntimeError", 1), ("KeyboardInterrupt", 130)])
 def test_an_error_ends_the_process_though_workers_wait(error, code):
     """Workers pass over a SIGTERM, of which Python sends one at exit before it waits for them."""
     program = f"""
 import itertools
 from moco.batches import loader
 from moco.errors import UserError, one_line_errors
+from moco.flags import lock
 
 with one_line_errors():
     batches = iter(loader(list(range(10_000)), itertools.cycle(range(10_000)), workers=1))
@@ -317,7 +419,7 @@ with one_line_errors():
     raise {error}("the message")
 """
     done = run_script("-c", program, timeout=60)
-    assert done.returncode == code and "the message" in done.stderr
+    assert done.returncode == code and ("the message" in done.stderr or "stopped by Ctrl-C" in done.stderr)
 
 
 @pytest.mark.parametrize("alone", [False, True])

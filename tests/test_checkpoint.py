@@ -82,7 +82,7 @@ def test_damage_is_named_with_the_remedy(tmp_path, damaged):
     save_checkpoint(tmp_path, 3, tensors(), {}, keep=1)
     path = tmp_path / "step_3" / damaged
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=f"{damaged} is damaged .*remove .*step_3"):
+    with pytest.raises(UserError, match=f"{damaged} is damaged.*remove .*step_3"):
         load_checkpoint(complete_checkpoints(tmp_path)[-1])
 
 

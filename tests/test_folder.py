@@ -3,10 +3,15 @@
 pytest tests/test_folder.py
 """
 
+import itertools
+import os
+import socket
+
 import datasets
 import pytest
 
 from moco.data import load_splits
+from moco.folder import list_files
 from moco.shapes import draw_scene, encode_jpeg
 
 IMAGE = encode_jpeg(draw_scene("test", 0)[0])
@@ -20,7 +25,8 @@ def write(root, *names):
 
 
 def labels_of(dataset):
-    """{file name: class} of a data set, or its file names where it has no labels."""
+    """{file name: class} of rows, or the file names if they have no labels."""
+    dataset = dataset.dataset
     names = [record["path"].rsplit("/", 1)[1] for record in dataset["image"]]
     if "label" not in dataset.column_names:
         return names
@@ -69,7 +75,7 @@ def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path, capsys)
     write(tmp_path, "cat/0.jpg", "dog/1.jpg", "dog/.2.jpg", ".cache/3.jpg", "labels.csv", "dog/Thumbs.db", "LICENSE")
     train_set, _ = load_splits(str(tmp_path))
     assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"}
-    assert "3 files in" in (out := capsys.readouterr().out) and "left out: .csv, .db, LICENSE" in out
+    assert "left out 3 files in" in (out := capsys.readouterr().out) and "no images: .csv, .db, LICENSE" in out
 
 
 @pytest.mark.parametrize("strange", ["cow", "images"])
@@ -78,13 +84,13 @@ def test_a_split_with_classes_that_are_not_trained_on_has_no_labels(tmp_path, ca
     write(tmp_path, "train/cat/0.jpg", "train/dog/1.jpg", f"val/{strange}/2.jpg", f"val/{strange}/3.jpg")
     train_set, test_set = load_splits(str(tmp_path))
     assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"} and labels_of(test_set) == ["2.jpg", "3.jpg"]
-    assert f"labels of val left out, with classes that are not trained on: {strange}" in capsys.readouterr().out
+    assert f"left out the labels of val, with classes that are not trained on: {strange}" in capsys.readouterr().out
 
 
 def test_images_beside_splits_are_counted_and_left_out(tmp_path, capsys):
     train_set, test_set = load_splits(str(write(tmp_path, "Training/0.jpg", "Testing/1.jpg", "preview.png")))
     assert labels_of(train_set) == ["0.jpg"] and labels_of(test_set) == ["1.jpg"]
-    assert "1 images in" in (out := capsys.readouterr().out) and "beside the splits" in out
+    assert "left out 1 images in" in (out := capsys.readouterr().out) and "beside the splits" in out
 
 
 def test_folders_linked_to_from_several_places_are_in_all_of_them(tmp_path):
@@ -95,6 +101,43 @@ def test_folders_linked_to_from_several_places_are_in_all_of_them(tmp_path):
             (tmp_path / "data" / split / name).symlink_to(elsewhere / name)
     for dataset in load_splits(str(tmp_path / "data")):
         assert labels_of(dataset) == {"0.jpg": "cat", "1.jpg": "dog"}
+
+
+def test_folders_that_link_to_each_other_are_walked_once_a_link(tmp_path):
+    """In every order there is, ten of them would be ten million walks."""
+    write(tmp_path, *(f"{i}/{i}.jpg" for i in range(10)))
+    for i, j in itertools.permutations(range(10), 2):
+        (tmp_path / str(i) / f"to {j}").symlink_to(tmp_path / str(j))
+    images, others, skipped = list_files(str(tmp_path))
+    assert {path.rsplit("/", 1)[1] for path in images} == {f"{i}.jpg" for i in range(10)}
+    assert len(images) <= 110 and not others and not skipped
+
+
+def test_what_would_block_or_has_no_name_is_skipped_and_counted(tmp_path, capsys):
+    write(tmp_path, "cat/0.jpg", "dog/1.jpg")
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "dog" / "socket.jpg"))
+    (tmp_path / "cat" / "self.jpg").symlink_to(tmp_path / "cat" / "self.jpg")
+    (tmp_path / "cat" / "gone.jpg").symlink_to(tmp_path / "nothing")
+    with open(bytes(tmp_path / "cat") + b"/caf\xe9.jpg", "wb") as file:
+        file.write(IMAGE)
+    train_set, _ = load_splits(str(tmp_path))
+    assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"}
+    assert "left out 5 that are no regular files, or have no name in UTF-8" in capsys.readouterr().out
+
+
+def test_what_was_found_is_said(tmp_path, capsys):
+    cases = [
+        (["train/cat/0.jpg", "train/dog/1.PNG", "val/cat/2.jpg"], "train 1 jpg, 1 png; val 1 jpg; 2 classes"),
+        (["0.jpg", "1.jpg"], "2 jpg; no labels"),
+        (["only/0.jpg", "only/1.jpg"], "no labels: all images are in one folder"),
+        (["train/only/0.jpg", "val/only/1.jpg"], "no labels: there is one class alone"),
+        (["0.jpg", "cat/1.jpg", "dog/2.jpg"], "no labels: some images lie beside the class folders"),
+    ]
+    for number, (names, words) in enumerate(cases):
+        load_splits(str(write(tmp_path / str(number), *names)))
+        assert words in capsys.readouterr().out
 
 
 def test_the_splits_of_saved_data_by_any_of_their_names(tmp_path, capsys):

@@ -122,12 +122,15 @@ def check_end(description, expected, outputs, world, dtype):
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("name, world", TRAJECTORIES)
-def test_golden_trajectory_on_one_process(golden, name, world, dtype):
-    """One process; where the reference had two, its BatchNorm groups are micro-batches of this one."""
+@pytest.mark.parametrize(
+    "name, world, grouped",
+    [(name, world, grouped) for name, world in TRAJECTORIES for grouped in ([False, True] if world > 1 else [False])],
+)
+def test_golden_trajectory_on_one_process(golden, name, world, grouped, dtype):
+    """One process; the reference's two BatchNorm groups are two forward passes of it, or one that keeps them apart."""
     description, expected = read(golden, name, world)
     bn_batch = description["config"]["batch"] // world
-    outputs = run_trajectory(golden, name, getattr(torch, dtype), bn_batch, Accelerator(cpu=True))
+    outputs = run_trajectory(golden, name, getattr(torch, dtype), bn_batch, Accelerator(cpu=True), grouped)
     check_steps(description, expected, outputs, world, dtype)
     check_statistics(description, expected, outputs, 1, world, dtype)
     check_end(description, expected, outputs, world, dtype)

@@ -191,7 +191,7 @@ def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path
     assert two["classifiers"] == whole["classifiers"] and two["knn"] == whole["knn"]
 
     as_if_killed_after_step_2()
-    probe(parquet, tmp_path / "run", *flags, "--resume", "--workers", 2, says="not 2: files, processes, workers")
+    probe(parquet, tmp_path / "run", *flags, "--resume", "--workers", 2, says="not 2: processes, workers")
     assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() != weights
 
 
@@ -233,8 +233,8 @@ def test_more_than_five_percent_undecodable_is_an_error_wherever_images_are_read
 
 def test_a_sigterm_after_the_last_step_ends_the_process():
     """Everything is saved by then; to go on with an evaluation that may take hours would ignore it."""
-    code = "import signal; from moco.run import *; came = catch_signals(); signal.raise_signal(signal.SIGTERM);"
+    code = "import signal; from moco.launch import *; came = catch_signals(); signal.raise_signal(signal.SIGTERM);"
     done = run_script("-c", f"{code} print(len(came), flush=True); release_signals(came); print('went on')")
     assert done.stdout == "1\n" and done.returncode == -signal.SIGTERM
-    done = run_script("-c", "from moco.run import *; release_signals(catch_signals()); print('went on')")
+    done = run_script("-c", "from moco.launch import *; release_signals(catch_signals()); print('went on')")
     assert done.stdout == "went on\n" and done.returncode == 0

@@ -1,23 +1,28 @@
 """Run by itself, around a step of one weight; whole scripts are in test_train.py. pytest tests/test_run.py"""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import metrics_of
+from conftest import ROOT, metrics_of, run_script
 from torch import nn
 
-from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics, write_json
+from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 from moco.errors import UserError
+from moco.jsonfile import write_json
 from moco.run import Run
 
 
 @pytest.fixture
 def start(tmp_path):
     """Make a run of ten steps, five an epoch, in tmp_path; its module has one weight, the number of steps taken."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def make(**options):
         module = nn.Linear(1, 1, bias=False)
@@ -25,10 +30,12 @@ def start(tmp_path):
         optimizer = torch.optim.SGD(module.parameters(), 1.0, momentum=0.9)
         settings = {"data": "numbers", "backbone": "none"}
         options = {"images": 40, "batch_size": 8, "total_steps": 10, "checkpoint_every": 4, "keep": 9} | options
+        options = {"fingerprint": "f"} | options
         return Run(tmp_path, Accelerator(cpu=True), {"module": module}, optimizer, settings=settings, **options)
 
     yield make
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def take_step(run, loss=1.0):
@@ -111,15 +118,55 @@ def test_weights_that_are_not_finite_are_not_saved(start, tmp_path, capsys):
     assert complete_checkpoints(tmp_path / "checkpoints")[-1].name == "step_4"
 
 
-def test_a_signal_stops_after_a_saved_step(start, tmp_path, capsys):
+@pytest.mark.parametrize("number, code, what", [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_stops_after_a_saved_step(start, tmp_path, capsys, number, code, what):
     run = start()
     with pytest.raises(SystemExit) as stopped:
         for step in run.steps():
             if step == 5:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
             take_step(run)
-    assert stopped.value.code == 143 and f"stopped after step {run.done}" in capsys.readouterr().err
+    assert stopped.value.code == code and f"{what}: stopped after step {run.done}" in capsys.readouterr().err
     assert weight_in(tmp_path / "checkpoints" / f"step_{run.done}") == run.done <= 7
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_a_launcher_repeats_the_first():
+    code = """if True:
+        import signal, time
+        from moco.launch import catch_signals
+        caught = catch_signals()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        print(len(caught), flush=True)
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGINT)
+        print("went on")"""
+    done = run_script("-c", code)
+    assert done.stdout == "2\n" and done.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_threads_that_the_user_chose_are_told_from_those_of_a_launcher(chosen):
+    """accelerate launch hands a 1 on, whether it was given one or none."""
+    code = "from moco.launch import threads_were_chosen; print(threads_were_chosen())"
+    launcher = f"""if True:
+        import os, subprocess, sys
+        environment = os.environ | {{"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}}
+        subprocess.run([sys.executable, "-c", {code!r}], env=environment)"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": "1"} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", launcher], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{chosen}\n", done.stderr
+
+
+def test_a_checkpoint_is_due_when_the_last_is_long_ago(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.run.CHECKPOINT_SECONDS", 0.5)
+    run = start(checkpoint_every=100)
+    for step in run.steps():
+        if step == 3:
+            time.sleep(0.6)
+        take_step(run)
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_0", "step_5", "step_10"]
 
 
 def test_time_beside_the_steps_is_logged(start, tmp_path):
@@ -153,8 +200,12 @@ def test_other_data_or_another_backbone_is_refused(start):
         pass
     with pytest.raises(UserError, match="numbers has 41 images to train on, .* was begun on 40"):
         start(resume=True, images=41, backbone_sha256="a")
+    with pytest.raises(UserError, match="--data numbers is not the data that .* was begun on"):
+        start(resume=True, backbone_sha256="a", fingerprint="g")
     with pytest.raises(UserError, match="--backbone none has changed"):
         start(resume=True, backbone_sha256="b")
+    with pytest.raises(UserError, match="damaged .step is 4 of 3.; remove"):
+        start(resume=True, backbone_sha256="a", total_steps=3)
 
 
 def test_another_order_resumes_at_the_start_of_the_epoch(start, capsys):
@@ -163,7 +214,7 @@ def test_another_order_resumes_at_the_start_of_the_epoch(start, capsys):
         take_step(run)
     assert start(resume=True, order={"workers": 1}).done == 7
     assert start(resume=True, order={"workers": 2}).done == 5
-    assert "not 7: files, processes, workers or window differ" in capsys.readouterr().out
+    assert "not 7: processes, workers or window differ" in capsys.readouterr().out
 
 
 def test_a_run_begun_before_sums_were_saved_is_resumed(start, tmp_path):
@@ -173,7 +224,7 @@ def test_a_run_begun_before_sums_were_saved_is_resumed(start, tmp_path):
         take_step(run)
     path = tmp_path / "checkpoints" / "step_4" / "state.json"
     state = json.loads(path.read_text())
-    for name in ("sums", "summed", "backbone_sha256"):
+    for name in ("sums", "summed", "backbone_sha256", "data"):
         del state[name]
     write_json(path, state | {"totals": {"steps": 4, "loss": 4.0, "correct": 16.0}, "rows": {}})
     run = start(resume=True)

@@ -10,8 +10,19 @@ from PIL import Image
 from moco.augment import AUGMENTATIONS
 from moco.data import load_splits
 from moco.decode import decode_image
+from moco.errors import UserError
 from moco.knn import knn_predict
-from moco.shapes import CLASSES, PALETTES, PATTERNS, SPLITS, draw_pattern, draw_scene, encode_jpeg
+from moco.shapes import (
+    CLASSES,
+    PALETTES,
+    PATTERNS,
+    SPLITS,
+    VERSION,
+    check_version,
+    draw_pattern,
+    draw_scene,
+    encode_jpeg,
+)
 
 
 def test_a_scene_depends_on_nothing_but_its_arguments():
@@ -71,7 +82,7 @@ def test_the_data_set_travels_as_jpeg_bytes():
     train, test = load_splits("shapes")
     assert (len(train), len(test)) == (SPLITS["train"], SPLITS["test"])
     image, labels, _ = draw_scene("test", 7)
-    assert train.features["label"].names == list(CLASSES) and test[7]["label"] == labels[0]
+    assert list(train.features["label"].names) == list(CLASSES) and test[7]["label"] == labels[0]
     assert test[7]["image"]["bytes"] == encode_jpeg(image)
     assert np.array_equal(decode_image(test[7]["image"]), np.asarray(Image.open(io.BytesIO(encode_jpeg(image)))))
 
@@ -103,6 +114,15 @@ def test_a_hue_tells_the_palette_after_the_shifts_of_v2_but_not_of_v1():
             right[recipe].append(nearest(hue + shift) == labels[0] % len(PALETTES))
     shares = {recipe: np.mean(hits) for recipe, hits in right.items()}
     assert len(right["v1"]) > 150 and shares["v2"] > 0.98 and shares["simclr"] > 0.95 and shares["v1"] < 0.75
+
+
+def test_a_backbone_or_run_of_another_version_is_refused(tmp_path):
+    for settings in ({"data": "shapes"}, {"data": "shapes", "data_version": VERSION + 1}):
+        with pytest.raises(UserError, match="of the built-in data, and this is version"):
+            check_version(settings, "shapes")
+    check_version({"data": "shapes", "data_version": VERSION}, "shapes")
+    check_version({"data": "photographs"}, "shapes")
+    check_version({"data": "shapes"}, "photographs")
 
 
 def test_pixels_alone_do_not_tell_the_classes():

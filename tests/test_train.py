@@ -5,16 +5,20 @@ pytest tests/test_train.py
 
 import copy
 import json
+import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_same_run, final_state, is_time, metrics_of, run_script, start_script, wait_for_step
+from conftest import ROOT, assert_same_run, final_state, is_time, metrics_of, run_script, start_script, wait_for_step
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -88,10 +92,10 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
 def test_one_and_two_processes_take_the_same_steps(folder, tmp_path):
     """Same images in the same steps, so the same losses, queue and key encoder, for 20 steps.
 
-    One group a process, so that gradients are added in the same order: BatchNorm over few images multiplies a
-    difference in the last bit by a hundred each step.
+    A forward pass for each group, so that gradients are added in the same order: BatchNorm over few images multiplies
+    a difference in the last bit by a hundred each step.
     """
-    flags = ["--batch-size", 32, "--bn-batch", 16, "--epochs", 10, "--knn-every", 5, "--workers"]
+    flags = ["--batch-size", 32, "--bn-batch", 16, "--micro-batch", 16, "--epochs", 10, "--knn-every", 5, "--workers"]
     train(folder, tmp_path / "one", *flags, 0)
     train(folder, tmp_path / "two", *flags, 1, processes=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
@@ -205,13 +209,14 @@ def test_killed_twice_and_resumed_is_the_uninterrupted_run(folder, uninterrupted
     assert_same_run(output, uninterrupted)
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_143(folder, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_exits(folder, uninterrupted, tmp_path, number, code):
     output = tmp_path / "run"
     process = start(folder, output, *RUN, "--workers", 1)
     wait_for_step(process, output, 4)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == code
     step = final_state(output)[1]["step"]
     assert step >= 4 and f"stopped after step {step}" in stderr
     resumed = run_script("train_moco.py", "--output", output, "--resume")  # the flags are in the folder
@@ -248,10 +253,19 @@ def test_sigterm_to_two_processes_stops_both_at_the_same_step(folder, tmp_path, 
         assert stderr.count("exitcode  : 143") >= 1
 
 
+def test_closed_streams_do_not_end_a_training(folder, uninterrupted, tmp_path):
+    flags = ["--data", folder, "--output", tmp_path / "run", *SMALL, *RUN, "--workers", 0]
+    command = shlex.join(map(str, [sys.executable, "train_moco.py", *flags]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=ROOT, env=environment, timeout=300)
+    assert done.returncode == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path):
     output = tmp_path / "run"
     done = run_script(
-        "train_moco.py", "--data", folder, "--output", output, *SMALL, *RUN, "--workers", 0, "--lr", "1e30"
+        "train_moco.py", "--data", folder, "--output", output, *SMALL, *RUN, "--workers", 0, "--lr", "1e9"
     )
     assert done.returncode == 1
     step = int(done.stderr.split("the loss is nan at step ")[1].split()[0])

@@ -7,6 +7,7 @@ Run as a script it is one of two gloo processes:
 import copy
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,14 +20,15 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import train_moco
 from moco.contrast import KeyQueue, contrastive_logits
-from moco.encoder import build_encoder
+from moco.encoder import GroupedBatchNorm2d, build_encoder
 
 
-def tiny_resnet(width, layers, dim, mlp):
+def tiny_resnet(width, layers, dim, mlp, bn_batch=None):
     """The golden numbers' small encoder: a ResNet of BasicBlocks with every channel count divided by 64 / width."""
-    encoder = ResNet(BasicBlock, layers, num_classes=dim)
+    norm = partial(GroupedBatchNorm2d, group=bn_batch) if bn_batch else nn.BatchNorm2d
+    encoder = ResNet(BasicBlock, layers, num_classes=dim, norm_layer=norm)
     encoder.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-    encoder.bn1 = nn.BatchNorm2d(width)
+    encoder.bn1 = norm(width)
     encoder.inplanes = width
     for i, blocks in enumerate(layers):
         stage = encoder._make_layer(BasicBlock, width * 2**i, blocks, stride=1 if i == 0 else 2)
@@ -52,11 +54,11 @@ def recipe_weights(shapes, base_seed):
     return weights
 
 
-def initial_encoder(description, inputs):
+def initial_encoder(description, inputs, bn_batch):
     """The query encoder of step 0 with the stored or computed weights."""
     config = description["config"]
     if "full" in config:
-        encoder = build_encoder(config["full"], config["dim"], "mlp" if config["mlp"] else "fc")
+        encoder = build_encoder(config["full"], config["dim"], "mlp" if config["mlp"] else "fc", bn_batch=bn_batch)
         shapes = {name: tuple(value.shape) for name, value in encoder.named_parameters()}
         assert list(shapes) == description["param_names"]
         weights = recipe_weights(shapes, description["recipe"]["base_seed"])
@@ -65,20 +67,21 @@ def initial_encoder(description, inputs):
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
         assert not unexpected and all("running" in name or "num_batches" in name for name in missing)
         return encoder
-    encoder = tiny_resnet(config["width"], config["layers"], config["dim"], config["mlp"])
+    encoder = tiny_resnet(config["width"], config["layers"], config["dim"], config["mlp"], bn_batch)
     prefix = "init.encoder_q."
     encoder.load_state_dict({k.removeprefix(prefix): v for k, v in inputs.items() if k.startswith(prefix)})
     return encoder
 
 
-def run_trajectory(golden, name, dtype, bn_batch, accelerator):
+def run_trajectory(golden, name, dtype, bn_batch, accelerator, grouped=False):
     """`moco_step` on this process's rows; returns a dict of tensors named as the golden files name them.
 
     bn_batch: images in a BatchNorm group; several groups a process make what the reference needs several GPUs for.
+    grouped: whether one forward pass holds all groups, instead of a pass for each.
     """
     description = json.loads((golden / "moco" / f"{name}.json").read_text())
     config, inputs = description["config"], load_file(golden / "moco" / f"{name}_inputs.safetensors")
-    query_encoder = initial_encoder(description, inputs).to(dtype)
+    query_encoder = initial_encoder(description, inputs, bn_batch if grouped else None).to(dtype)
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
     queue = KeyQueue(config["K"], config["dim"]).to(dtype)
     queue.keys.copy_(inputs["init.queue"].T)
@@ -107,7 +110,7 @@ def run_trajectory(golden, name, dtype, bn_batch, accelerator):
         with patch.object(train_moco, "contrastive_logits", keep_logits):
             loss, accuracy = train_moco.moco_step(
                 query_encoder, key_encoder, queue, optimizer, views, inputs[f"step{step}.idx_shuffle"], accelerator,
-                temperature=config["T"], encoder_momentum=config["m"], bn_batch=bn_batch,
+                temperature=config["T"], encoder_momentum=config["m"], micro_batch=n if grouped else bn_batch,
             )  # fmt: skip
         outputs |= {f"step{step}.loss": loss[None], f"step{step}.acc1": accuracy[None]}
         outputs[f"step{step}.logits"] = torch.cat(logits).detach()

@@ -1,0 +1,141 @@
+"""What a step asks of a GPU, counted without one: kernels, bytes, copies between host and device, waits.
+
+python benchmarks/count.py                    ResNet-50, 224 pixels, a batch of 256 in BatchNorm groups of 32
+
+The augmentation and the forward half of both steps run on fake "cuda" tensors, which have shapes and a device but no
+numbers; mixing devices raises. Autocast is off there, so its casts are missing. Bytes are those of every kernel's
+inputs and outputs, as if no cache held any of them.
+tests/test_count.py holds what must not change: no copy that blocks, no wait, and one read-back a step.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.step import alone
+from moco.augment import ViewAugment, plan, sample_params
+from moco.contrast import KeyQueue
+from moco.encoder import build_encoder
+from moco.shuffle import shuffle_order
+from train_moco import moco_step, simclr_step
+
+NO_KERNEL = {"aten::empty", "aten::_unsafe_view", "aten::detach", "prim::device"}
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
+
+
+def moved(name, on_device, inputs, outputs):
+    """Bytes that a kernel reads and writes; of an index only the rows that it takes or puts."""
+    if name in ("aten::index_select", "aten::index_copy_", "aten::index"):
+        part = inputs[-1] if name == "aten::index_copy_" else outputs[0]
+        return 2 * part.numel() * part.element_size()
+    return sum(tensor.numel() * tensor.element_size() for tensor in on_device)
+
+
+class Count(TorchDispatchMode):
+    """Counts what passes: kernels, MB, copies to the device, to the host, those that block, other waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        inputs, outputs = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in ((args, kwargs), result)
+        )
+        on_device = [tensor for tensor in (*inputs, *outputs) if tensor.device.type == "cuda"]
+        name = function._schema.name
+        if (
+            name in ("aten::_to_copy", "aten::copy_")
+            and len({tensor.device.type for tensor in (*inputs, *outputs)}) > 1
+        ):
+            target = (args[0] if name == "aten::copy_" else result).device.type
+            self.counts["copies to the device" if target == "cuda" else "copies to the host"] += 1
+            blocks = not ((kwargs or {}).get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
+            self.counts["copies that block"] += blocks
+        elif on_device and name in WAITS:
+            self.counts["waits"] += 1
+        elif on_device and not function.is_view and name not in NO_KERNEL:
+            self.counts["kernels"] += 1
+            self.counts["MB"] += moved(name, on_device, inputs, outputs) / 1e6
+        return result
+
+
+def counted(call):
+    """What a call counts."""
+    with Count() as count, patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor):  # fake ones have no pages
+        call()
+    return count
+
+
+def augmentation(batch, size, recipe="v2", step=0):
+    """A call of `ViewAugment` on fake crops of a GPU. What the host plans is planned before, with real numbers."""
+    with unset_fake_temporarily():
+        params = sample_params(recipe, batch, 0, step)
+        joined = {name: values.transpose(0, 1).flatten(0, 1) for name, values in params.items()}
+        planned = plan(joined, size, gray_first=recipe == "v1")
+    crops = torch.empty(batch, 2, size, size, 3, dtype=torch.uint8, device="cuda")
+
+    def call():
+        with patch("moco.augment.plan", lambda *_: planned), patch("moco.augment.CHUNK", batch):
+            ViewAugment(recipe)(crops, params)
+
+    return call
+
+
+def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, micro_batch=None):
+    """A call of `moco_step` or `simclr_step` without the backward pass, which has no dispatch to count."""
+    with torch.device("cuda"):
+        encoder, key_encoder = (build_encoder(arch, bn_batch=bn_batch) for _ in range(2))
+        queue = KeyQueue(queue_size, 128)
+    key_encoder.requires_grad_(False)
+    views = torch.empty(2, batch, 3, size, size, device="cuda")
+    views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+    accelerator = alone("float32")
+    accelerator.backward = lambda loss: None
+    nothing = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    if method == "simclr":
+        return lambda: simclr_step(encoder, nothing, views, accelerator, temperature=0.1, bn_batch=batch)
+    order = shuffle_order(0, 0, batch)
+    return lambda: moco_step(
+        encoder, key_encoder, queue, nothing, views, order, accelerator,
+        temperature=0.2, encoder_momentum=0.999, micro_batch=micro_batch or batch,
+    )  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--size", type=int, default=224, help="pixels [%(default)s]")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--bn-batch", type=int, default=32)
+    args = parser.parse_args()
+    shape = f"{args.arch}, {args.size} pixels, batch {args.batch}, groups of {args.bn_batch}"
+    print(f"{shape}, float32, torch {torch.__version__}")
+    kinds = ("kernels", "MB", "copies to the device", "copies to the host", "copies that block", "waits")
+    print(f"| | {' | '.join(kinds)} |\n|{'---|' * (len(kinds) + 1)}")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shape = (args.arch, args.size, args.batch)
+        calls = {
+            "augmentation, v2": augmentation(args.batch, args.size),
+            "MoCo, forward": half_a_step("moco", *shape, args.bn_batch),
+            "MoCo, forward, a pass for each group": half_a_step("moco", *shape, None, micro_batch=args.bn_batch),
+            "MoCo, forward, one group": half_a_step("moco", *shape, args.batch),
+            "SimCLR, forward": half_a_step("simclr", *shape, None),
+        }
+        for name, call in calls.items():
+            counts = counted(call).counts
+            print(f"| {name} | {' | '.join(f'{counts[kind]:.0f}' for kind in kinds)} |")
+
+
+if __name__ == "__main__":
+    main()

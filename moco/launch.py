@@ -1,0 +1,131 @@
+"""What a script needs around its run: Accelerate on the right device and threads, patience, signals, provenance."""
+
+import importlib.metadata
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+
+from moco.errors import UserError
+
+# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/hub.py);
+# downloads and evaluations take longer.
+STEP_PATIENCE, LONG_PATIENCE = timedelta(minutes=40), timedelta(hours=3)
+
+
+def start_accelerator(mixed_precision, **options):
+    """The Accelerator of a script. Raises UserError for a device or a precision that cannot work.
+
+    DDP does not broadcast buffers before each forward pass: they are equal by construction, or averaged after it.
+    """
+    # Not every torch that this supports has the flag's successor.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # Accelerate's call
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONG_PATIENCE)]
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
+    device = accelerator.device.type
+    if accelerator.mixed_precision == "fp16" and device == "cpu":
+        raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
+    if (
+        accelerator.mixed_precision == "bf16"
+        and device == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise UserError("--mixed-precision bf16 needs an Ampere GPU or newer; use fp16 or no")
+    if device == "mps":
+        raise UserError("Apple's GPUs have no float64, which is needed here; use `accelerate launch --cpu`")
+    if device == "cpu" and not threads_were_chosen():
+        torch.set_num_threads(max(1, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+    return accelerator
+
+
+def core_count():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def device_in_words(workers):
+    """What a process runs on, for the settings that are printed at the start; on a busy CPU with advice."""
+    device = PartialState().device
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {workers} data workers a process"
+    words = f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers a process"
+    load = os.getloadavg()[0]
+    if torch.get_num_threads() > max(1, core_count() - load + 0.5):
+        words += f"; the machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 may be several times as fast"
+    return words
+
+
+def threads_were_chosen():
+    """Whether the user set OMP_NUM_THREADS. Launchers set it as well, to 1 unless they were told another number."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        launcher = Path(f"/proc/{os.getppid()}")
+        given = b"\0OMP_NUM_THREADS=" in b"\0" + (launcher / "environ").read_bytes()
+        return given or b"--num_cpu_threads_per_process" in (launcher / "cmdline").read_bytes()
+    except OSError:  # no /proc
+        return os.environ.get("OMP_NUM_THREADS") not in (None, "1")
+
+
+def set_patience(timeout):
+    """How long collectives wait for other processes from now on."""
+    if torch.distributed.is_initialized():
+        set_timeout = getattr(torch.distributed, "set_timeout", None)  # older torch has it under a private name only
+        (set_timeout or torch.distributed.distributed_c10d._set_pg_timeout)(timeout)
+
+
+def catch_signals():
+    """A list that collects SIGTERM and Ctrl-C from now on, instead of ending the process. A second Ctrl-C ends it.
+
+    Launchers pass a Ctrl-C on to processes that had it from the terminal already: one within a second is the same.
+    """
+    caught, first = [], time.monotonic()
+
+    def handle(number, frame):
+        nonlocal first
+        if number == signal.SIGINT and number in caught and time.monotonic() - first > 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        first = time.monotonic() if number not in caught else first
+        caught.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return caught
+
+
+def release_signals(caught):
+    """Let the signals end the process again, now that all is saved; one that came since the last step ends it now."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if caught:
+        signal.signal(caught[0], signal.SIG_DFL)
+        signal.raise_signal(caught[0])
+
+
+def provenance(processes):
+    """What made a run: script, versions, this repository's commit if there is one, and the number of processes."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    names = ("torch", "torchvision", "accelerate", "datasets")
+    return {
+        "script": Path(sys.argv[0]).name,
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names},
+        "commit": commit,
+        "processes": processes,
+    }
