@@ -33,8 +33,8 @@ SHAPES = {"data_version": shapes.VERSION, "image_size": 32, "epochs": 20, "worke
 HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among several --lr: at most, and share at most
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
-    "output", "resume", "evaluate", "backbone", "data", "cache", "cache_gb", "workers", "shuffle_window", "keep",
-    "checkpoint_every", "evaluate_every", "log_every", "knn", "knn_temperature", "push_to_hub",
+    "output", "resume", "evaluate", "backbone", "data", "no_streaming", "cache", "cache_gb", "workers",
+    "shuffle_window", "keep", "checkpoint_every", "evaluate_every", "log_every", "knn", "knn_temperature", "push_to_hub",
 }  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def parse_args():
     add("--image-column", metavar="NAME", help="column of images, if the data has several")
     add("--label-column", metavar="NAME", help="column of labels, if the data has several")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
-    add("--no-streaming", action="store_true", help="download parquet files, and shuffle over all rows")
+    add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
     add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")

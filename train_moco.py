@@ -57,7 +57,7 @@ SHAPES = {
 }  # fmt: skip
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
-    "output", "resume", "data", "cache", "cache_gb", "workers", "shuffle_window", "micro_batch", "keep",
+    "output", "resume", "data", "no_streaming", "cache", "cache_gb", "workers", "shuffle_window", "micro_batch", "keep",
     "checkpoint_every", "log_every", "knn_every", "tracker", "push_to_hub",
 }  # fmt: skip
 
@@ -266,7 +266,7 @@ def parse_args():
     add("--image-column", metavar="NAME", help="column of images, if the data has several")
     add("--label-column", metavar="NAME", help="column of labels; only the kNN monitor uses them")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
-    add("--no-streaming", action="store_true", help="download parquet files, and shuffle over all rows")
+    add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
     add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")

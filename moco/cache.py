@@ -1,10 +1,11 @@
 """Row groups that came over the network, kept in a folder on disk.
 
-Every epoch reads each row group once, in a new order, so no rule of what to evict would beat keeping what came first: a
-cache that is full stays as it is.
+A cache that is full stays as it is. Every epoch reads each row group once, in a new order, so no rule for what to evict
+would save more than keeping what came first.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -15,27 +16,27 @@ from urllib.parse import quote
 from huggingface_hub.utils import WeakFileLock
 
 from moco.errors import UserError, first_line
-from moco.hub import count, hub_file, is_remote, read_range, say
+from moco.hub import hub_file, is_remote, read_range, say
 
 FREE_SHARE = 0.1  # of the disk, which a cache without a limit leaves free
 
 
-def read_ranges(path, name, ranges, cache=None, traffic=None):
-    """Ranges [(start, end), ...] of a file as {start: bytes}: from the cache, or from where the file lies and kept.
+def read_ranges(path, name, ranges, cache, traffic):
+    """Read ranges [(start, end), ...] of a file, as {start: bytes}.
 
-    name: of these ranges among those of the file.
+    name: what to call them in the cache. cache: a RowGroupCache or None; if it has what lies on the Hub it is read
+    there, and if not it keeps what was read. traffic: counts the bytes.
     """
-    length, kept = sum(end - start for start, end in ranges), None
-    if cache and is_remote(path):
-        kept = cache.path_of(path, name)
-        if data := cache.read(kept, length):
-            count(traffic, "cache", length)
-            starts = [sum(end - start for start, end in ranges[:i]) for i in range(len(ranges))]
-            return {start: data[at : at + end - start] for at, (start, end) in zip(starts, ranges)}
-    pieces = {start: read_range(path, start, end, traffic)[0] for start, end in ranges}
-    if kept and not cache.full.value:
-        cache.keep(kept, b"".join(pieces.values()))
-    return pieces
+    if cache is None or not is_remote(path):
+        return {start: read_range(path, start, end, traffic)[0] for start, end in ranges}
+    file, lengths = cache.path_of(path, name), [end - start for start, end in ranges]
+    if data := cache.read(file, sum(lengths)):
+        traffic.add("cache", sum(lengths))
+    else:
+        data = memoryview(b"".join(read_range(path, start, end, traffic)[0] for start, end in ranges))
+        cache.keep(file, data)
+    firsts = itertools.accumulate(lengths, initial=0)
+    return {start: data[at : at + length] for (start, _), at, length in zip(ranges, firsts, lengths)}
 
 
 class RowGroupCache:
@@ -43,7 +44,7 @@ class RowGroupCache:
 
     A file holds the bytes and their CRC-32. It gets its name, FOLDER/USER--NAME/COMMIT/FILE/ROW GROUP, once it is
     whole. One process writes at a time, so that the limit holds and no row group is counted twice.
-    gigabytes: the limit; None leaves FREE_SHARE of the disk free. Raises UserError where the folder cannot be made.
+    gigabytes: the limit; None leaves FREE_SHARE of the disk free. Raises UserError if the folder cannot be made.
     """
 
     def __init__(self, folder, gigabytes=None):
@@ -61,12 +62,12 @@ class RowGroupCache:
         return WeakFileLock(self.folder / ".lock")
 
     def path_of(self, path, name):
-        """Where a part of a file on the Hub is kept."""
+        """The path of the file that keeps a part of a file on the Hub."""
         repository, revision, file = hub_file(path)
         return self.folder.joinpath(*(quote(part.replace("/", "--")) for part in (repository, revision, file, name)))
 
     def read(self, path, length):
-        """What is kept under a path, `length` bytes, or None. What is damaged is removed, and it is said."""
+        """The `length` bytes that a path keeps, or None. A damaged file is reported and removed."""
         try:
             data = memoryview(path.read_bytes())
         except FileNotFoundError:
@@ -82,14 +83,16 @@ class RowGroupCache:
         return None
 
     def keep(self, path, data):
-        """Write bytes under a path if there is room. That the disk cannot be written is said once, and it is let be."""
+        """Write bytes to a path if there is room. If the disk cannot be written, say so once and keep nothing more."""
+        if self.full.value:
+            return
         partial = self.folder / ".partial"  # one for all who write, so that kills leave no more than one
         try:
             with self.lock():
-                if self.full.value or path.exists():
-                    return
                 used, size = self.used(), len(data) + 4
-                if not self.has_room(used, size):
+                if path.exists():
+                    return
+                if size > self.room(used):
                     self.full.value = True
                     return
                 with partial.open("wb") as file:
@@ -113,16 +116,14 @@ class RowGroupCache:
         except (OSError, ValueError):
             return sum(entry.stat().st_size for entry in self.folder.rglob("*") if entry.is_file())
 
-    def forecast(self, needed):
-        """In words, what is there and what will be kept of so many bytes."""
-        disk, used = shutil.disk_usage(self.folder), self.used()
-        room = self.limit - used if self.limit else disk.free - FREE_SHARE * disk.total
-        will = min(needed, used + max(0, room))
-        limit = "the limit" if self.limit else f"{FREE_SHARE:.0%} of the disk stay free"
-        return f"{used / 1e9:.1f} GB are there; of {needed / 1e9:.1f} GB {will / 1e9:.1f} will be kept ({limit})"
-
-    def has_room(self, used, size):
-        if self.limit:
-            return used + size <= self.limit
+    def room(self, used):
+        """Bytes that may be added to those that are in the folder."""
         disk = shutil.disk_usage(self.folder)
-        return disk.free - size >= FREE_SHARE * disk.total
+        return self.limit - used if self.limit else disk.free - FREE_SHARE * disk.total
+
+    def forecast(self, needed):
+        """Say how much is in the folder and how much of `needed` bytes it will keep."""
+        used = self.used()
+        kept = min(needed, used + max(0, self.room(used)))
+        limit = "the limit" if self.limit else f"{FREE_SHARE:.0%} of the disk stay free"
+        return f"{used / 1e9:.1f} GB are there; of {needed / 1e9:.1f} GB {kept / 1e9:.1f} will be kept ({limit})"

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -21,7 +20,6 @@ from moco.errors import UserError, first_line
 from moco.folder import TEST, TRAIN, folder_splits
 from moco.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
 from moco.jsonfile import write_json
-from moco.pages import ParquetRows
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers
 
@@ -34,15 +32,15 @@ STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
 
 
 class IndexedImages:
-    """A sequence of {"image": {"bytes", "path"}, "label"} of which any row is cheap to read.
+    """A Hugging Face dataset as a sequence of {"image": {"bytes", "path"}, "label"}, of which any row is cheap to read.
 
-    dataset: a Hugging Face dataset, or `moco.pages.ParquetRows`. It has the methods of `moco.stream.ParquetImages`, so
-    that nothing else needs to know which of the two it reads. traffic: counts what is read, or None.
+    It has the methods of `moco.stream.ParquetImages`, so that nothing else needs to know which of the two it reads.
     """
 
-    def __init__(self, dataset, traffic=None):
+    traffic = cache = None  # it is not streamed
+
+    def __init__(self, dataset):
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
-        self.traffic = traffic
 
     def __len__(self):
         return len(self.dataset)
@@ -56,8 +54,6 @@ class IndexedImages:
         Of more than STATTED rows it takes the sizes of so many: asking a remote file system for those of 1.28 million
         files would take minutes. Otherwise it takes 0.7 s for so many.
         """
-        if not isinstance(self.dataset, datasets.Dataset):  # rows of parquet files
-            return self.dataset.images.fingerprint()
         images = self.dataset.data.column("image")  # of all rows, also where some are held out
         paths = [path or "" for path in pc.struct_field(images, "path").to_pylist()]
         root = os.path.commonprefix([min(paths), max(paths)]).rpartition(os.sep)[0]  # of all: they are sorted between
@@ -94,8 +90,7 @@ class IndexedImages:
     def hold_out(self, images, purpose, seed):
         """(the rest, `images` random rows). purpose: bytes that tell this choice from others."""
         order = np.random.default_rng([*purpose, seed]).permutation(len(self))
-        parts = (np.sort(order[images:]), np.sort(order[:images]))
-        return tuple(IndexedImages(self.dataset.select(rows), self.traffic) for rows in parts)
+        return tuple(IndexedImages(self.dataset.select(np.sort(rows))) for rows in (order[images:], order[:images]))
 
     def row_groups(self, rows):
         """Nothing to read ahead."""
@@ -132,11 +127,11 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     """The images that `name` stands for, as (train, test) sequences of rows; test is None if there is no such split.
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
-    USER/NAME on the Hub. revision: of a Hub name, None for main. streaming: read parquet files by row group where they
-    are (ParquetImages); otherwise those of the Hub are downloaded, and their rows read one by one. cache: a folder for
-    row groups that are streamed from the Hub, of at most cache_gb GB (None: see RowGroupCache), or None.
-    Everything else becomes IndexedImages, too; what is neither in image files nor in parquet nor saved by `datasets` is
-    converted once a machine, and kept on disk.
+    USER/NAME on the Hub. revision: of a Hub name, None for main.
+    Parquet files are read by row group (ParquetImages), on the Hub if streaming, and otherwise after they were
+    downloaded. Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets` is
+    downloaded or converted once a machine, and kept on disk. cache: a folder that keeps what is streamed from the Hub,
+    at most cache_gb GB (None: as RowGroupCache has it), or None for no cache.
     All processes call it together. Raises UserError for a name, folder or column that does not exist.
     """
     here = name not in ("", "shapes") and Path(name).is_dir()
@@ -144,13 +139,10 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         raise UserError(f"--revision {revision} names a version on the Hub, which --data {name} is not; leave it out")
     if cache_gb and not cache:
         raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
-    online = name == "shapes" or here or check_hub_name(name, None if streaming else downloaded_files(name, revision))
-    read_parquet = partial(
-        parquet_splits, name, image_column=image_column, label_column=label_column, revision=revision,
-        streaming=streaming, cache=cache, cache_gb=cache_gb,
-    )  # fmt: skip
     try:
-        splits = find_splits(name, revision, streaming, online, read_parquet)
+        splits = find_splits(name, revision, streaming)
+        if isinstance(splits[0], list):
+            splits = parquet_splits(name, splits, image_column, label_column, cache, cache_gb)
     except datasets.exceptions.DatasetNotFoundError as error:
         if revision is not None and "evision" in str(error):
             raise UserError(f"--revision {revision} is not in {name}: {first_line(error)}") from error
@@ -162,14 +154,14 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--data {name} cannot be read as images: {first_line(error)}") from error
-    if cache and getattr(splits[0], "cache", None) is None and PartialState().is_main_process:
-        print(f"cache   not used, as {name} is not streamed from the Hub")
     splits = tuple(
         IndexedImages(select_columns(split, name, image_column, label_column))
         if isinstance(split, datasets.Dataset)
         else split
         for split in splits
     )
+    if cache and splits[0].cache is None and PartialState().is_main_process:
+        print(f"cache   not used, as {name} is not streamed from the Hub")
     if name != "shapes" and isinstance(splits[0], IndexedImages) and PartialState().is_main_process:
         looked_at = range(0, len(splits[0]), -(-len(splits[0]) // LOOKED_AT) or 1)
         if transparent := sum(is_transparent(splits[0][row]["image"]) for row in looked_at):
@@ -177,33 +169,39 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     return splits
 
 
-def find_splits(name, revision, streaming, online, read_parquet):
-    """(train, test): each a Hugging Face dataset, ParquetImages, IndexedImages, or None.
-
-    online: whether the Hub answers; if not, the files are those of an earlier download. read_parquet: makes the splits
-    of {split: parquet files}.
-    """
-    folder = Path(name)
+def find_splits(name, revision, streaming):
+    """(train, test): each a Hugging Face dataset, a list of paths of parquet files, or None."""
+    folder, on_hub = Path(name), name == "" or not Path(name).is_dir()
     if name == "shapes":
         with PartialState().local_main_process_first():  # drawn once a machine
             return shapes_dataset("train"), shapes_dataset("test")
+    if on_hub and not check_hub_name(name, downloads_of(name, revision)):
+        return json.loads(downloads_of(name, revision).read_text())
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         splits = datasets.load_from_disk(name)
-    elif folder.is_dir() and (found := folder_splits(name)):
-        splits = found
-    elif not online:
-        return read_parquet(json.loads(downloaded_files(name, revision).read_text()))
-    else:
+    elif on_hub or not (splits := folder_splits(name)):
         builder = datasets.load_dataset_builder(name, revision=revision)
-        files = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
-        if files and all(path.endswith(".parquet") for path in itertools.chain(*files.values())):
-            return read_parquet(files)
-        if streaming and not folder.is_dir() and PartialState().is_main_process:
-            print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
-        with PartialState().local_main_process_first():
-            builder.download_and_prepare()
-        splits = builder.as_dataset()
-    return train_and_test({"train": splits} if isinstance(splits, datasets.Dataset) else splits)
+        splits = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
+        if not splits or not all(path.endswith(".parquet") for path in itertools.chain(*splits.values())):
+            if streaming and on_hub and PartialState().is_main_process:
+                print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
+            with PartialState().local_main_process_first():
+                builder.download_and_prepare()
+            splits = builder.as_dataset()
+    train, test = train_and_test({"train": splits} if isinstance(splits, datasets.Dataset) else splits)
+    if on_hub and isinstance(train, list):
+        train, test = broadcast_object_list([train, test])  # of one commit, even if there is a newer one by now
+        if not streaming:
+            with PartialState().local_main_process_first():
+                train, test = download(train), test and download(test)
+            if PartialState().is_local_main_process:
+                write_json(downloads_of(name, revision), [train, test])
+    return train, test
+
+
+def downloads_of(name, revision):
+    """Where a dataset's downloaded parquet files are listed, [train, test], for when the Hub cannot be reached."""
+    return shared_folder("downloads") / f"{hashlib.sha256(repr((name, revision)).encode()).hexdigest()[:40]}.json"
 
 
 def train_and_test(splits):
@@ -216,55 +214,37 @@ def train_and_test(splits):
     return splits[train], splits.get(test)
 
 
-def parquet_splits(name, files, image_column, label_column, revision, streaming, cache, cache_gb):
-    """(train, test) of {split: parquet files}: read by row group where they are, or downloaded and read row by row.
+def parquet_splits(name, splits, image_column, label_column, cache, cache_gb):
+    """(train, test) as ParquetImages. splits: the paths of each one's files, or None.
 
-    The main process reads the footers, in parallel, and tells the others.
+    The main process reads the footers, in parallel, and shares them.
     """
-    told = [None]
+    traffic, footers, remote = Traffic(), [None, None], is_remote(splits[0][0])
     if PartialState().is_main_process:
-        told = [train_and_test(files)]
-    chosen = broadcast_object_list(told)[0]
-    remote, traffic = is_remote(chosen[0][0]), Traffic()
-    if remote and not streaming:
-        with PartialState().local_main_process_first():
-            local = dict(zip(paths := [*chosen[0], *(chosen[1] or ())], download(paths)))
-        chosen = [paths and [local[path] for path in paths] for paths in chosen]
-        if PartialState().is_local_main_process:
-            write_json(downloaded_files(name, revision), files)
-    if PartialState().is_main_process:
-        told = [[paths and read_footers(paths, traffic) for paths in chosen]]
-    footers = broadcast_object_list(told)[0]
-    for paths, read in zip(chosen, footers):
-        check_same_schema(paths or [], read or [])
-    cache = RowGroupCache(cache, cache_gb) if cache and remote and streaming else None
-    splits = [
-        paths
-        and ParquetImages(paths, footers, *image_and_label(footers, name, image_column, label_column), cache, traffic)
-        for paths, footers in zip(chosen, footers)
-    ]
-    if not streaming:
-        return tuple(images and IndexedImages(ParquetRows(images), traffic) for images in splits)
+        footers = [paths and read_footers(paths, traffic) for paths in splits]
+    footers = broadcast_object_list(footers)
+    cache = RowGroupCache(cache, cache_gb) if cache and remote else None
+    images = [None, None]
+    for i, paths in enumerate(splits):
+        if paths is not None:
+            check_same_schema(paths, footers[i])
+            features = datasets.Features.from_arrow_schema(footers[i][0].schema.to_arrow_schema())
+            columns = choose_columns(features, name, image_column, label_column)
+            kind = features[columns[0]]
+            fields = set(kind) if isinstance(kind, dict) else set()
+            if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
+                raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
+            images[i] = ParquetImages(paths, footers[i], *columns, traffic, cache)
     if remote and PartialState().is_main_process:
-        print_costs(*splits, cache)
-    return tuple(splits)
-
-
-def image_and_label(footers, name, image_column, label_column):
-    """The columns of images and labels of parquet files. Raises UserError where the one of images holds none."""
-    features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
-    columns = choose_columns(features, name, image_column, label_column)
-    kind = features[columns[0]]
-    fields = set(kind) if isinstance(kind, dict) else set()
-    if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
-        raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
-    return columns
+        print_costs(*images, cache)
+    return tuple(images)
 
 
 def check_same_schema(paths, footers):
     """Raise UserError unless all files of a split have the columns of the first."""
+    first = footers[0].schema.to_arrow_schema()
     for path, footer in zip(paths, footers):
-        first, columns = footers[0].schema.to_arrow_schema(), footer.schema.to_arrow_schema()
+        columns = footer.schema.to_arrow_schema()
         if (columns.names, columns.types) != (first.names, first.types):
             raise UserError(
                 f"{path} has the columns {str(columns.remove_metadata())!r:.120}, unlike {paths[0]}; they must be the"
@@ -272,13 +252,8 @@ def check_same_schema(paths, footers):
             )
 
 
-def downloaded_files(name, revision):
-    """Where the files of a dataset on the Hub are listed once they are downloaded, for when it cannot be reached."""
-    return shared_folder("downloads") / f"{hashlib.sha256(repr((name, revision)).encode()).hexdigest()[:40]}.json"
-
-
 def print_costs(train, test, cache):
-    """What an epoch of a stream will ask of the Hub, and what is kept of it."""
+    """Print what an epoch of a stream will ask of the Hub, and how much of it the cache will keep."""
     machines = PartialState().num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
     asked, size = len(train.paths) * machines, train.epoch_bytes()
     wait = (-(-asked // RESOLVES) - 1) * WINDOW // 60
@@ -293,10 +268,10 @@ def print_costs(train, test, cache):
         print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
 
 
-def check_hub_name(name, known=None):
-    """Raise UserError at once for a name that is no folder and that the Hub does not have or does not answer for.
+def check_hub_name(name, downloads):
+    """Whether the Hub has to be asked for a name; False if it does not answer and `downloads` lists what is here.
 
-    known: a file that is there if the data was downloaded before. Returns False if it is, and the Hub does not answer.
+    Raises UserError at once for a name that the Hub does not have, and if it does not answer and nothing is here.
     """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or ".." in name:
         raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
@@ -308,7 +283,7 @@ def check_hub_name(name, known=None):
             f" the name, or if it is private or gated accept its terms on the Hub and run `hf auth login`"
         ) from error
     except Exception as error:  # no network, no answer, offline mode: each client library has its own exceptions
-        if known is not None and known.exists():
+        if downloads.exists():
             return False
         try:
             datasets.load.CachedDatasetModuleFactory(name).get_module()
@@ -385,7 +360,7 @@ def count_classes(train_set, test_set, name):
     if None in ranges and not names[0]:
         raise UserError(
             f"--data {name} names no classes, and its files do not say in their footers how many labels there are;"
-            " --no-streaming counts them"
+            " --no-streaming downloads them, and counts"
         )
     known = [found for found in ranges if found]
     low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)

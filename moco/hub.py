@@ -1,11 +1,12 @@
 """Bytes of files, on the Hub or on disk: where a file lies, ranges of it, whole files, and how much was read.
 
-The Hub counts requests for addresses with /resolve/ in them: 5,000 in five minutes for a free account. Such a resolve
-answers with a signed address on another host, from which any number of ranges can be read for about an hour, uncounted.
-So a machine resolves each file once an hour. What the Hub answered is in a small file that all processes of the machine
-read, and that one of them renews, under a lock, shortly before the address ends.
+The Hub counts requests for addresses with /resolve/ in them: 5,000 in five minutes for a free account. It answers such
+a resolve with a signed address on another host, from which any number of ranges can be read for about an hour without
+being counted. So a machine resolves each file once an hour: the signed address is kept in a small file that all
+processes of the machine read, and one of them renews it, under a lock, shortly before it ends.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -21,6 +22,7 @@ from glob import escape
 from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
 
 import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status, http_backoff
 
 from moco.errors import UserError, first_line
@@ -51,7 +53,10 @@ class Traffic:
 
 
 def traffic_line(read, seconds):
-    """What was read in so many seconds, for the log, and in words for the progress bar. read: as Traffic.NAMES."""
+    """What was read in so many seconds: as values for the log, and in words for the progress bar.
+
+    read: the amounts, in the order of Traffic.NAMES.
+    """
     counts = dict(zip(Traffic.NAMES, read, strict=True))
     megabytes = {name: counts[name] / 1e6 for name in Traffic.NAMES[:3]}
     line = {f"{name}_mb": value for name, value in megabytes.items()}
@@ -60,14 +65,9 @@ def traffic_line(read, seconds):
     return line | {name: round(counts[name]) for name in Traffic.NAMES[3:]}, "".join(words)
 
 
-def count(traffic, name, amount=1):
-    if traffic is not None:
-        traffic.add(name, amount)
-
-
 @functools.cache
 def say(message):
-    """Print a line, once a process, below the progress bar that the main process may show."""
+    """Print a line once in each process, below the progress bar that the main process may show."""
     print(f"\nstream  {message}", file=sys.stderr, flush=True)
 
 
@@ -75,65 +75,56 @@ def say(message):
 
 
 def hub_file(path):
-    """The parts of hf://datasets/REPO@REVISION/FILE as (repository, revision, file)."""
+    """Split hf://datasets/REPO@REVISION/FILE into (repository, revision, file)."""
     return tuple(map(unquote, re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", path).groups()))
 
 
 def resolve_url(path):
-    """The Hub's own address of a file, each request for which is counted."""
+    """The Hub's own address of a file. The Hub counts each request to it."""
     repository, revision, name = hub_file(path)
     return huggingface_hub.hf_hub_url(repository, name, repo_type="dataset", revision=revision)
 
 
 def shared_folder(name):
-    """A folder for what the processes of a user share on this machine, beside what huggingface_hub keeps."""
+    """A folder that all processes of this user on this machine share, below HF_HOME."""
     assets = huggingface_hub.constants.HF_ASSETS_CACHE
     folder = huggingface_hub.cached_assets_path("moco", f"user-{os.getuid()}", name, assets_dir=assets)
     folder.chmod(0o700)  # whoever has a signed address can read a gated file
     return folder
 
 
-def address_of(path, refused=None, traffic=None):
-    """The signed address of a file on the Hub, or None where the Hub serves the file itself.
+def address_of(path, refused, traffic):
+    """The signed address of a file on the Hub, or None if the Hub serves the file itself.
 
-    refused: an address that is not to be had again. All processes of a machine share what one of them was told.
-    Raises as `resolve`.
+    refused: an address that did not work and must not be returned again, or None. The processes of a machine share the
+    address. Raises what `resolve` raises.
     """
     url = resolve_url(path)
-    known = shared_folder("addresses") / f"{hashlib.sha256(url.encode()).hexdigest()[:40]}.json"
+    file = shared_folder("addresses") / f"{hashlib.sha256(url.encode()).hexdigest()[:40]}.json"
 
     def usable():
         try:
-            told = json.loads(known.read_text())
+            known = json.loads(file.read_text())
         except (OSError, ValueError):
             return None
-        return told if time.time() < told["renew"] and (told["address"] is None or told["address"] != refused) else None
+        return known if time.time() < known["renew"] and (refused is None or known["address"] != refused) else None
 
-    if not (told := usable()):
-        with WeakFileLock(known.with_suffix(".lock")):  # the others wait, and then find what this one was told
-            if not (told := usable()):
-                told = resolve(url, traffic)
+    if not (known := usable()):
+        with WeakFileLock(file.with_suffix(".lock")):  # the others wait here, and then find the new address
+            if not (known := usable()):
+                known = resolve(url, traffic)
                 try:
-                    write_json(known, told)
+                    write_json(file, known)
                 except OSError as error:
                     say(f"addresses cannot be kept ({first_line(error)}), so each read asks the Hub; make room")
-    return told["address"]
+    return known["address"]
 
 
-def resolve(url, traffic=None):
-    """Ask the Hub where a file lies: {"address": signed address or None, "renew": seconds since the epoch}.
-
-    Only the Hub itself is asked, as the token is for nobody else. Faults of the network and the server are tried again,
-    RETRIES times. Raises the exceptions of huggingface_hub for refusals, and its HTTP client's when the last try fails.
-    """
+def resolve(url, traffic):
+    """Ask the Hub where a file lies: {"address": signed address or None, "renew": seconds since the epoch}."""
     address = url
     while urlsplit(address)[:2] == urlsplit(url)[:2]:  # a renamed repository is elsewhere on the Hub
-        response = http_backoff(
-            "HEAD", address, headers=build_hf_headers() | {"Accept-Encoding": "identity"}, timeout=TIMEOUT,
-            follow_redirects=False, max_retries=RETRIES, max_wait_time=LONGEST_WAIT, retry_on_status_codes=RETRIED,
-        )  # fmt: skip
-        count(traffic, "resolves")
-        hf_raise_for_status(response)
+        response = ask_hub("HEAD", address, traffic)
         if "Location" not in response.headers:
             return {"address": None, "renew": time.time() + ADDRESS_LIFE}
         address = urljoin(address, response.headers["Location"])
@@ -142,8 +133,24 @@ def resolve(url, traffic=None):
     return {"address": address, "renew": time.time() + RENEW_AT * (address_end(address, served) - served)}
 
 
+def ask_hub(method, url, traffic, follow_redirects=False, **headers):
+    """The Hub's response to a counted request, which has the user's token, meant for nobody else.
+
+    Failures of the network and the server are tried again RETRIES times. Raises HfHubHTTPError for a refusal, and the
+    HTTP client's exceptions if the last try fails.
+    """
+    response = http_backoff(
+        method, url, headers=build_hf_headers() | {"Accept-Encoding": "identity"} | headers, timeout=TIMEOUT,
+        follow_redirects=follow_redirects, max_retries=RETRIES, max_wait_time=LONGEST_WAIT,
+        retry_on_status_codes=RETRIED,
+    )  # fmt: skip
+    traffic.add("resolves")
+    hf_raise_for_status(response)
+    return response
+
+
 def address_end(address, served):
-    """When a signed address ends, in seconds since the epoch, as its query says; ADDRESS_LIFE from `served` if not."""
+    """When a signed address ends, in seconds since the epoch: as its query says, or ADDRESS_LIFE after `served`."""
     query = dict(parse_qsl(urlsplit(address).query))
     try:
         if "X-Amz-Expires" in query:
@@ -157,34 +164,41 @@ def address_end(address, served):
 # ---- ranges
 
 
-def read_range(path, start, end, traffic=None):
-    """Bytes [start, end) of a file on disk or on the Hub, and the size of the file; start < 0 counts from its end.
+def read_range(path, start, end, traffic):
+    """Read bytes [start, end) of a file on disk or on the Hub; returns them and the size of the file.
 
-    Raises UserError for a refusal (not logged in, terms not accepted, gone) and when the last try fails.
+    start < 0 counts from the end of the file. traffic: a Traffic, which counts the bytes. Raises UserError for a
+    refusal (not logged in, terms not accepted, gone) and when the last try fails.
     """
-    try:
+    with readable(path, "once it can, go on with --resume"):
         data, size = read_hub(path, start, end, traffic) if is_remote(path) else read_file(path, start, end)
-    except (huggingface_hub.errors.GatedRepoError, huggingface_hub.errors.RepositoryNotFoundError) as error:
-        raise UserError(
-            f"{path} is refused ({first_line(error)}); accept the dataset's terms on its page, then `hf auth login`",
-            alone=True,
-        ) from error
-    except Exception as error:  # the HTTP client's own exceptions differ between versions of huggingface_hub
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}); once it can, go on with --resume", alone=True
-        ) from error
     if len(data) != length_of(start, end, size):
         raise UserError(f"{path} ends before byte {end}; it changed or is damaged", alone=True)
-    count(traffic, "network" if is_remote(path) else "disk", len(data))
+    traffic.add("network" if is_remote(path) else "disk", len(data))
     return data, size
 
 
 def is_remote(path):
+    """Whether a path is on the Hub."""
     return path.startswith("hf://")
 
 
+@contextlib.contextmanager
+def readable(what, remedy):
+    """Turn every exception of reading something into a UserError that says what to do."""
+    try:
+        yield
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise UserError(
+            f"{what} is refused ({first_line(error)}); accept the dataset's terms on its page, then `hf auth login`",
+            alone=True,
+        ) from error
+    except Exception as error:  # the HTTP client's own exceptions differ between versions of huggingface_hub
+        raise UserError(f"{what} cannot be read ({first_line(error)}); {remedy}", alone=True) from error
+
+
 def read_file(path, start, end):
-    """As `read_range`, of a file on disk."""
+    """Do what `read_range` does for a file on disk."""
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, io.SEEK_END)
         start, end = (max(0, size + start), size) if start < 0 else (start, end)
@@ -192,64 +206,47 @@ def read_file(path, start, end):
         return file.read(end - start), size
 
 
-def read_hub(path, start, end, traffic=None):
-    """As `read_range`, of a file on the Hub: from its signed address, from a new one, at last through /resolve/."""
-    refused = None
-    for _ in range(2):
-        address = address_of(path, refused, traffic)
-        if address is None:
-            break
-        try:
-            return read_address(address, start, end)
-        except Exception:  # refused, ended, broken off, another range: whatever it is, the Hub may know a better one
-            refused = address
-            count(traffic, "refused")
-    return read_through_hub(path, start, end, traffic)
+def read_hub(path, start, end, traffic):
+    """Do what `read_range` does for a file on the Hub: read its signed address, and a new one each time that fails.
 
-
-def read_through_hub(path, start, end, traffic=None):
-    """As `read_range`, by a request to the Hub that is redirected to wherever the file lies, and counted.
-
-    Tried again, RETRIES times, unless the Hub itself refuses it; what the other host answers may differ next time.
+    The first new address is tried at once, the others after growing waits.
     """
-    for wait in (*(min(2**i, LONGEST_WAIT) for i in range(RETRIES)), None):
-        response = http_backoff(
-            "GET", resolve_url(path), headers=build_hf_headers() | range_headers(start, end), timeout=TIMEOUT,
-            follow_redirects=True, max_retries=RETRIES, max_wait_time=LONGEST_WAIT, retry_on_status_codes=RETRIED,
-        )  # fmt: skip
-        count(traffic, "resolves")
+    refused, asked = None, f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}"
+    for wait in (0, *(min(2**i, LONGEST_WAIT) for i in range(RETRIES)), None):
+        address = address_of(path, refused, traffic)
         try:
-            if not response.history:  # of redirects
-                hf_raise_for_status(response)
+            if address:
+                return read_address(address, start, end, asked)
+            response = ask_hub("GET", resolve_url(path), traffic, follow_redirects=True, Range=asked)
             return response.content, size_of(response, start, end)
-        except OSError:
-            if wait is None or not response.history:
+        except HfHubHTTPError:  # the Hub's own refusal
+            raise
+        except Exception:  # refused, ended, broken off, another range: the Hub may know a better address
+            if wait is None:
                 raise
+            refused = address
+            traffic.add("refused")
         time.sleep(wait)
 
 
-def read_address(address, start, end):
-    """As `read_range`, from an address that needs no token. Raises OSError and the HTTP client's exceptions."""
-    headers = build_hf_headers(token=False) | range_headers(start, end)
+def read_address(address, start, end, asked):
+    """Do what `read_range` does, by one request to a signed address, which gets no token."""
+    headers = build_hf_headers(token=False) | {"Range": asked, "Accept-Encoding": "identity"}
     with get_session().stream("GET", address, headers=headers, timeout=TIMEOUT) as response:
         size = size_of(response, start, end)  # before the rest is read, which may be the whole file
         data = response.read()
     if len(data) != length_of(start, end, size):
-        raise OSError(f"{len(data)} bytes in answer to {start} to {end}")
+        raise OSError(f"{len(data)} bytes in answer to {asked}")
     return data, size
 
 
 def length_of(start, end, size):
-    """Bytes in a range of a file of so many."""
+    """The number of bytes that a range has in a file of `size` bytes."""
     return end - start if start >= 0 else min(-start, size)
 
 
-def range_headers(start, end):
-    return {"Range": f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-
-
 def size_of(response, start, end):
-    """The size of a file of which a response has bytes [start, end). Raises OSError if it does not have just these."""
+    """The size of a file, from a response that has its bytes [start, end). Raises OSError if it has other bytes."""
     answered = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("Content-Range", ""))
     if response.status_code != 206 or not answered:
         raise OSError(f"status {response.status_code} in answer to a range")
@@ -259,22 +256,17 @@ def size_of(response, start, end):
     return size
 
 
-def download(paths):
-    """Local paths of files on the Hub, of one revision of one repository, in huggingface_hub's own cache.
+# ---- whole files
 
-    What is there already is not asked for. Raises UserError as `read_range`.
+
+def download(paths):
+    """Download files of one revision of one repository into huggingface_hub's cache; returns their paths on disk.
+
+    Files that are there already are not downloaded again. Raises UserError as `read_range` does.
     """
     (repository, revision, _), names = hub_file(paths[0]), [hub_file(path)[2] for path in paths]
-    try:
+    with readable(repository, "start again once it can: what came is kept"):
         folder = huggingface_hub.snapshot_download(
-            repository, repo_type="dataset", revision=revision, allow_patterns=[escape(name) for name in names]
+            repository, repo_type="dataset", revision=revision, allow_patterns=list(map(escape, names))
         )
-    except (huggingface_hub.errors.GatedRepoError, huggingface_hub.errors.RepositoryNotFoundError) as error:
-        raise UserError(
-            f"{repository} is refused ({first_line(error)}); accept its terms on its page, then `hf auth login`"
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"{repository} cannot be downloaded ({first_line(error)}); start again once it can: what came is kept"
-        ) from error
     return [f"{folder}/{name}" for name in names]

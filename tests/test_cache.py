@@ -18,6 +18,7 @@ from moco.cache import RowGroupCache
 from moco.checkpoint import read_metrics
 from moco.data import load_splits, print_costs
 from moco.errors import UserError
+from moco.hub import Traffic
 from moco.stream import ParquetImages, read_footers
 
 PATHS = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
@@ -42,8 +43,8 @@ def hub(folder, monkeypatch):
     shutil.rmtree(server.root / "HF_ASSETS_CACHE", ignore_errors=True)
 
 
-def images_of(paths, cache=None):
-    return ParquetImages(paths, read_footers(paths), "image", "label", cache)
+def images_of(paths, cache=None, label="label"):
+    return ParquetImages(paths, read_footers(paths, Traffic()), "image", label, Traffic(), cache)
 
 
 def epoch_of(images, epoch):
@@ -73,8 +74,8 @@ def test_the_second_epoch_asks_the_network_for_nothing(hub, folder, tmp_path):
     assert same(epoch_of(images, 0), epoch_of(local, 0)) and len(hub.reads) == 3 + 9
     asked = (len(hub.reads), len(hub.requests))
     assert same(epoch_of(images, 1), epoch_of(local, 1)) and (len(hub.reads), len(hub.requests)) == asked
-    network, cache, *_ = images.traffic.totals()
-    assert network == images.epoch_bytes() <= cache and len(kept(images.cache)) == 9
+    network, from_cache, *_ = images.traffic.totals()
+    assert network == images.epoch_bytes() <= from_cache and len(kept(images.cache)) == 9
     assert "some--one/abc/train-0-of-3.parquet/00002-image-label" in kept(images.cache)
 
 
@@ -107,7 +108,7 @@ def test_files_on_this_disk_are_not_kept_again(folder, tmp_path):
 
 def test_another_choice_of_columns_is_another_row_group(hub, tmp_path):
     cache = RowGroupCache(tmp_path)
-    with_label, without = images_of(PATHS, cache), ParquetImages(PATHS, read_footers(PATHS), "image", None, cache)
+    with_label, without = images_of(PATHS, cache), images_of(PATHS, cache, label=None)
     assert with_label[3]["label"] is not None and without[3] == {"image": with_label[3]["image"]}
     assert {name.rsplit("/")[-1] for name in kept(cache)} == {"00000-image-label", "00000-image"}
 

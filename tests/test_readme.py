@@ -65,7 +65,7 @@ def test_a_command_of_the_readme_parses(words, monkeypatch):
         parse(rest[1], rest[2:], monkeypatch)
     elif program == "python":
         parse(rest[0], rest[1:], monkeypatch)
-    elif program == "hf":  # run by test_pages.py
+    elif program == "hf":  # run by test_stream.py
         assert rest[:2] == ["download", "ILSVRC/imagenet-1k"]
     else:
         assert program == "pytest" and rest in ([], ["-m", "slow"])
