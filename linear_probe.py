@@ -34,7 +34,8 @@ HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among seve
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
     "output", "resume", "evaluate", "backbone", "data", "no_streaming", "cache", "cache_gb", "workers",
-    "shuffle_window", "keep", "checkpoint_every", "evaluate_every", "log_every", "knn", "knn_temperature", "push_to_hub",
+    "shuffle_window", "keep", "checkpoint_every", "evaluate_every", "log_every", "knn", "knn_temperature",
+    "push_to_hub",
 }  # fmt: skip
 
 

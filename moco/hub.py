@@ -172,10 +172,13 @@ def read_range(path, start, end, traffic):
     """
     with readable(path, "once it can, go on with --resume"):
         data, size = read_hub(path, start, end, traffic) if is_remote(path) else read_file(path, start, end)
-    if len(data) != length_of(start, end, size):
-        raise UserError(f"{path} ends before byte {end}; it changed or is damaged", alone=True)
     traffic.add("network" if is_remote(path) else "disk", len(data))
     return data, size
+
+
+def span(start, end, size):
+    """(first, last + 1) of the bytes that a range has in a file of `size` bytes."""
+    return (max(0, size + start), size) if start < 0 else (start, end)
 
 
 def is_remote(path):
@@ -201,9 +204,12 @@ def read_file(path, start, end):
     """Do what `read_range` does for a file on disk."""
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, io.SEEK_END)
-        start, end = (max(0, size + start), size) if start < 0 else (start, end)
+        start, end = span(start, end, size)
         file.seek(start)
-        return file.read(end - start), size
+        data = file.read(end - start)
+    if len(data) < end - start:
+        raise OSError(f"it ends before byte {end}, so it changed or is damaged")
+    return data, size
 
 
 def read_hub(path, start, end, traffic):
@@ -235,14 +241,10 @@ def read_address(address, start, end, asked):
     with get_session().stream("GET", address, headers=headers, timeout=TIMEOUT) as response:
         size = size_of(response, start, end)  # before the rest is read, which may be the whole file
         data = response.read()
-    if len(data) != length_of(start, end, size):
+    first, last = span(start, end, size)
+    if len(data) != last - first:
         raise OSError(f"{len(data)} bytes in answer to {asked}")
     return data, size
-
-
-def length_of(start, end, size):
-    """The number of bytes that a range has in a file of `size` bytes."""
-    return end - start if start >= 0 else min(-start, size)
 
 
 def size_of(response, start, end):
@@ -251,7 +253,7 @@ def size_of(response, start, end):
     if response.status_code != 206 or not answered:
         raise OSError(f"status {response.status_code} in answer to a range")
     first, last, size = map(int, answered.groups())
-    if (first, last + 1) != ((max(0, size + start), size) if start < 0 else (start, end)):
+    if (first, last + 1) != span(start, end, size):
         raise OSError(f"bytes {first} to {last} in answer to {start} to {end}")
     return size
 

@@ -20,7 +20,7 @@ from hub import TOKEN, serving
 from moco.batches import stop_workers, train_batches
 from moco.errors import UserError
 from moco.hub import Traffic, address_end, read_range
-from moco.stream import ParquetImages, read_footers
+from moco.stream import ParquetImages, read_footer
 
 FILES, FORK = 24, multiprocessing.get_context("fork")
 PATHS = [f"hf://datasets/some/many@abc/train-{file:02}.parquet" for file in range(FILES)]
@@ -49,7 +49,8 @@ def read_epochs(paths, rank, epochs, both, send):
     """One of two processes, with four workers: send a digest of its pixels, and what it read."""
     both.wait()  # to fork while the server hashes for the other one could leave a lock of OpenSSL's locked
     traffic = Traffic()
-    images = ParquetImages(paths, read_footers(paths[:1], traffic) * FILES, "image", "label", traffic)
+    # By no pool of threads: one that still ends while workers fork could leave them a lock of OpenSSL's locked.
+    images = ParquetImages(paths, [read_footer(paths[0], traffic)] * FILES, "image", "label", traffic)
     rows = itertools.islice(images.training_rows(24, 0, 0, rank, 2, 4, 10), epochs * 20)
     digest = hashlib.sha256()
     try:
