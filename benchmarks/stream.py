@@ -5,9 +5,8 @@ python benchmarks/stream.py --scale     only the table for 1 to 512 GPUs, comput
 
 All readers read the same parquet files from a server on loopback, in two processes with one worker each, decode with
 the same code and cut the same crops. Runs alternate; medians are printed. `datasets` streams with shuffle and
-split_dataset_by_node, as its documentation has it. An epoch's time includes everything from the start of the first
-epoch, where the dataset is opened, or the end of the epoch before. Our bytes of an epoch include the first window of
-the next one, which is read ahead.
+split_dataset_by_node, as its documentation has it. The first epoch includes the time to open the dataset. Our bytes of
+an epoch include the first window of the next one, which is read ahead.
 """
 
 import argparse
@@ -15,12 +14,12 @@ import functools
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, median
 
 import datasets
 import numpy as np
@@ -33,12 +32,12 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import moco.hub
+from benchmarks.data_path import photograph
 from moco.augment import random_crop_boxes
 from moco.batches import crop_generator, train_batches
 from moco.data import load_splits
 from moco.decode import decode_crops
 from moco.hub import ADDRESS_LIFE, RENEW_AT, RESOLVES, WINDOW
-from moco.shapes import encode_jpeg
 from tests.hub import serving
 
 PROCESSES, BATCH, ROWS, SIZE = 2, 64, 200, 224  # ROWS: of a shuffle window
@@ -61,8 +60,7 @@ def ours(name, rank, epochs, cache=None):
 
 
 def cached(name, rank, epochs):
-    """Ours with a cache, in HF_HOME, which is empty at the start of each run."""
-    return ours(name, rank, epochs, cache=f"{os.environ['HF_HOME']}/row-groups")
+    return ours(name, rank, epochs, cache=f"{os.environ['HF_HOME']}/row-groups")  # empty at the start of each run
 
 
 def old(name, rank, epochs):
@@ -83,12 +81,10 @@ def theirs(name, rank, epochs):
             views[i] = decode_crops(row["image"], boxes, SIZE)
         return views
 
+    options = {"num_workers": 1, "prefetch_factor": 4, "drop_last": True, "collate_fn": crops}
     for epoch in range(epochs):
         images.set_epoch(epoch)
-        loader = DataLoader(
-            images, BATCH // PROCESSES, num_workers=1, prefetch_factor=4, drop_last=True, collate_fn=crops
-        )
-        yield from map(len, loader)
+        yield from map(len, DataLoader(images, BATCH // PROCESSES, **options))
         yield None
 
 
@@ -98,7 +94,7 @@ READERS = {"ours": ours, "cached": cached, "old": old, "datasets": theirs}
 def read_epochs(reader, name, epochs):
     """In one of the processes under torchrun: read epochs, and print [images, seconds] of each."""
     rank, started, images = PartialState(cpu=True).process_index, time.perf_counter(), 0
-    for batch in READERS[reader](name, rank, epochs):
+    for batch in READERS[reader](name, rank, int(epochs)):
         images += batch or 0
         if batch is None:
             PartialState().wait_for_everyone()
@@ -109,11 +105,11 @@ def read_epochs(reader, name, epochs):
 def measure(hub, reader, name, epochs=2):
     """[(images/s of all processes together, bytes that the server sent), ...] of the epochs, with empty caches."""
     hub.sent.clear()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES), __file__, "--child"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
+    command += [__file__, "--child", reader, name, str(epochs)]
     found, lines, before = [], [], 0
     with tempfile.TemporaryDirectory() as home:
         environment = {"HF_HOME": home, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | hub.environment
-        command = [sys.executable, *launch, reader, name, str(epochs)]
         process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if line.startswith("["):
@@ -126,25 +122,11 @@ def measure(hub, reader, name, epochs=2):
     return found
 
 
-# ---- data
-
-
-def photographs(count):
-    """JPEGs of 500 x 375 pixels and about 110 kB, as ImageNet's are on average: noise of a photograph's spectrum."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(500), np.fft.fftfreq(375)))[..., None]
-    for _ in range(count):
-        spectrum = np.fft.fft2(rng.standard_normal((375, 500, 3)), axes=(0, 1)) / np.maximum(frequency, 1e-3) ** 1.05
-        pixels = np.fft.ifft2(spectrum, axes=(0, 1)).real
-        yield encode_jpeg((127 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
-
-
 def write_files(folder, files, groups, images):
-    """Parquet files of `groups` row groups each that hold the JPEGs `images` again and again; links to one file."""
+    """Write parquet files that hold `images` again and again, as links to one file; returns the bytes of all."""
     folder.mkdir(parents=True)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
-    rows = itertools.cycle({"bytes": data, "path": None} for data in images)
-    column = list(itertools.islice(rows, groups * GROUP))
+    column = [{"bytes": data, "path": None} for data in itertools.islice(itertools.cycle(images), groups * GROUP)]
     table = pa.table({"image": column, "label": [0] * len(column)}, schema=features.arrow_schema)
     first, *others = [folder / f"train-{file:05}-of-{files:05}.parquet" for file in range(files)]
     pq.write_table(table, first, row_group_size=GROUP, compression="none", use_dictionary=False)
@@ -153,15 +135,12 @@ def write_files(folder, files, groups, images):
     return files * first.stat().st_size
 
 
-# ---- what is printed
-
-
 def compare(hub, name, size, repeats):
     """Print speed and bytes of both epochs, with a cache and beside `datasets`. size: bytes of the files."""
     readers = ("cached", "datasets")
     runs = [[measure(hub, reader, name) for reader in readers] for _ in range(repeats)]
     for epoch in (0, 1):
-        speeds, sent = ([statistics.median(run[i][epoch][k] for run in runs) for i in (0, 1)] for k in (0, 1))
+        speeds, sent = ([median(run[i][epoch][k] for run in runs) for i in (0, 1)] for k in (0, 1))
         words = [f"{name} {v:.0f} images/s, {b / size:.2f} of the bytes" for name, v, b in zip(readers, speeds, sent)]
         print(f"  epoch {epoch + 1}: {'; '.join(words)}; ratio of speeds {speeds[0] / speeds[1]:.2f}", flush=True)
 
@@ -179,11 +158,8 @@ def compare_limit(hub, name, repeats):
         hub.limit = None
         found[reader].append((speed, len(hub.resolved)))
     for reader, values in found.items():
-        speed, resolves = map(statistics.median, zip(*values))
+        speed, resolves = map(median, zip(*values))
         print(f"  {reader:8} {speed:.0f} images/s, {resolves:.0f} resolves of parquet files", flush=True)
-
-
-# ---- what scales
 
 
 def network_share(machines, epochs, room):
@@ -211,29 +187,28 @@ def print_scale():
     for gpus in (1, 8, 64, 512):
         machines, speed = -(-gpus // MACHINE), gpus * GPU
         later = machines * files * WINDOW / (RENEW_AT * ADDRESS_LIFE)
-        tera = [f"{size / 1e12 * network_share(machines, 200, room):.2f}" for room in (0, 0.25, 1)]
-        resolves = f"{speed / GROUP * WINDOW:,.0f} | {machines * files:,}, {later:,.0f}"
-        rate = f"{speed * size / images / 1e9:.2f}"
-        print(f"| {gpus} | {images / speed:.0f} s | {resolves} | {rate} | {' | '.join(tera)} |", flush=True)
+        words = [f"{gpus}", f"{images / speed:.0f} s", f"{speed / GROUP * WINDOW:,.0f}"]
+        words += [f"{machines * files:,}, {later:,.0f}", f"{speed * size / images / 1e9:.2f}"]
+        words += [f"{size / 1e12 * network_share(machines, 200, room):.2f}" for room in (0, 0.25, 1)]
+        print(f"| {' | '.join(words)} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, metavar="N", default=3, help="runs of each reader [%(default)s]")
-    parser.add_argument("--files", type=int, metavar="N", default=24, help="parquet files of 200 images [%(default)s]")
     parser.add_argument("--scale", action="store_true", help="only compute what many GPUs ask for")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # what this script starts: a reader, data, epochs
     args = parser.parse_args()
     if args.child:
-        reader, name, epochs = args.child
-        return read_epochs(reader, name, int(epochs))
+        return read_epochs(*args.child)
     print_scale()
     if args.scale:
         return
     with tempfile.TemporaryDirectory() as root, serving(root) as hub:
-        images, folder = list(photographs(50)), Path(root) / "datasets" / "some"
-        print(f"images of {statistics.mean(map(len, images)) / 1000:.0f} kB in row groups of {GROUP}")
-        for files, latency in ((args.files, 0), (args.files + 1, 0), (args.files, 0.05)):
+        rng, folder = np.random.default_rng(0), Path(root) / "datasets" / "some"
+        images = [photograph(500, 375, 93, rng) for _ in range(50)]  # about 110 kB, as ImageNet's are on average
+        print(f"images of {mean(map(len, images)) / 1000:.0f} kB in row groups of {GROUP}")
+        for files, latency in ((24, 0), (25, 0), (24, 0.05)):
             name, hub.latency = f"{files}-{latency}", latency
             print(f"{files} files, {PROCESSES} processes, {1000 * latency:.0f} ms a request", flush=True)
             compare(hub, f"some/{name}", write_files(folder / name, files, 2, images), args.repeats)

@@ -105,9 +105,10 @@ def address_of(path, refused, traffic):
     def usable():
         try:
             known = json.loads(file.read_text())
-        except (OSError, ValueError):
+            works = refused is None or known["address"] != refused
+            return known if works and time.time() < known["renew"] else None
+        except (OSError, ValueError, KeyError, TypeError):  # missing, or not ours
             return None
-        return known if time.time() < known["renew"] and (refused is None or known["address"] != refused) else None
 
     if not (known := usable()):
         with WeakFileLock(file.with_suffix(".lock")):  # the others wait here, and then find the new address
