@@ -213,7 +213,7 @@ def main():
             print(f"{files} files, {PROCESSES} processes, {1000 * latency:.0f} ms a request", flush=True)
             compare(hub, f"some/{name}", write_files(folder / name, files, 2, images), args.repeats)
         hub.latency = 0
-        write_files(folder / "long", 4, 24, images)
+        write_files(folder / "long", 4, 12, images)
         compare_limit(hub, "some/long", args.repeats)
 
 
