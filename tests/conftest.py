@@ -16,6 +16,7 @@ for name in list(os.environ):
     ):
         del os.environ[name]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process and two are compared on the same device
+os.environ["OMP_NUM_THREADS"] = "1"  # another number of threads sums in another order
 
 import datasets
 import pytest
@@ -45,7 +46,7 @@ def start_script(*command, processes=1, **environment):
     return subprocess.Popen(
         launcher + [str(part) for part in command],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

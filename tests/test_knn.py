@@ -14,7 +14,7 @@ from moco.batches import center_crop
 from moco.data import IndexedImages, load_splits
 from moco.decode import decode_image
 from moco.encoder import build_encoder
-from moco.knn import extract_features, knn_evaluate, knn_monitor, knn_predict
+from moco.knn import default_k, extract_features, knn_evaluate, knn_monitor, knn_predict
 from moco.shapes import CLASSES
 
 
@@ -89,5 +89,5 @@ def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     encoder.eval().fc = torch.nn.Identity()
     sample = few.sample(100)
     features, labels, _ = extract_features(encoder, few, sample, 32, 0, accelerator)
-    predicted = knn_predict(features[:20], features[20:], labels[20:], len(CLASSES)).argmax(dim=1)
+    predicted = knn_predict(features[:20], features[20:], labels[20:], len(CLASSES), k=default_k(80)).argmax(dim=1)
     assert accuracy == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())
