@@ -5,8 +5,7 @@ python benchmarks/stream.py --scale     only the table for 1 to 512 GPUs, comput
 
 All readers read the same parquet files from a server on loopback, in two processes with one worker each, decode with
 the same code and cut the same crops. Runs alternate; medians are printed. `datasets` streams with shuffle and
-split_dataset_by_node, as its documentation has it. The first epoch includes the time to open the dataset. Our bytes of
-an epoch include the first window of the next one, which is read ahead.
+split_dataset_by_node, as its documentation has it. The first epoch includes the time to open the dataset.
 """
 
 import argparse
