@@ -33,8 +33,9 @@ SHAPES = {"data_version": shapes.VERSION, "image_size": 32, "epochs": 20, "worke
 HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among several --lr: at most, and share at most
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
-    "output", "resume", "evaluate", "backbone", "data", "workers", "shuffle_window", "keep", "checkpoint_every",
-    "evaluate_every", "log_every", "knn", "knn_temperature", "push_to_hub",
+    "output", "resume", "evaluate", "backbone", "data", "no_streaming", "cache", "cache_gb", "workers",
+    "shuffle_window", "keep", "checkpoint_every", "evaluate_every", "log_every", "knn", "knn_temperature",
+    "push_to_hub",
 }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def main():
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
         shapes.check_version(known.get("settings", {}), args.data)
     train_set, test_set = load_splits(
-        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
+        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming, args.cache, args.cache_gb
     )
     args.image_size = args.image_size or known.get("image_size", 224)
     width, digest = feature_width(backbone.state_dict()), weights_digest(backbone.state_dict())
@@ -155,6 +156,7 @@ def main():
         backbone_sha256=digest,
         order=None if args.cached_features else train_set.order(world, args.workers, args.shuffle_window),
         finite=False,  # of several classifiers some may diverge while others learn
+        traffic=train_set.traffic,
     )  # fmt: skip
 
     def measure(dataset):
@@ -252,7 +254,9 @@ def parse_args():
     add("--image-column", metavar="NAME", help="column of images, if the data has several")
     add("--label-column", metavar="NAME", help="column of labels, if the data has several")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
-    add("--no-streaming", action="store_true", help="download parquet files instead of streaming them")
+    add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
+    add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
+    add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
     add("--image-size", type=at_least(16), metavar="PIXELS", help="side of a crop [the backbone's, else 224]")
     add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")

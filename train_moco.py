@@ -57,8 +57,8 @@ SHAPES = {
 }  # fmt: skip
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
-    "output", "resume", "data", "workers", "shuffle_window", "micro_batch", "keep", "checkpoint_every", "log_every",
-    "knn_every", "tracker", "push_to_hub",
+    "output", "resume", "data", "no_streaming", "cache", "cache_gb", "workers", "shuffle_window", "micro_batch", "keep",
+    "checkpoint_every", "log_every", "knn_every", "tracker", "push_to_hub",
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def main():
 
     # ---- data
     train_set, test_set = load_splits(
-        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming
+        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming, args.cache, args.cache_gb
     )
     if len(train_set) < args.batch_size:
         raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
@@ -187,7 +187,7 @@ def main():
         args.output, accelerator, {"query_encoder": unwrapped, **kept}, optimizer, settings=vars(args),
         images=len(train_set), batch_size=args.batch_size, total_steps=total_steps, keep=args.keep,
         checkpoint_every=args.checkpoint_every, resume=args.resume, fingerprint=train_set.fingerprint(),
-        order=train_set.order(world, args.workers, args.shuffle_window),
+        order=train_set.order(world, args.workers, args.shuffle_window), traffic=train_set.traffic,
     )  # fmt: skip
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
@@ -266,7 +266,9 @@ def parse_args():
     add("--image-column", metavar="NAME", help="column of images, if the data has several")
     add("--label-column", metavar="NAME", help="column of labels; only the kNN monitor uses them")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
-    add("--no-streaming", action="store_true", help="download parquet files instead of streaming them")
+    add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
+    add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
+    add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
     add("--image-size", type=at_least(16), metavar="PIXELS", default=224, help="side of a view")
     add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")

@@ -1,11 +1,11 @@
-"""Streaming beside `datasets`' own: images/s, bytes, footers opened, an epoch planned. Each as a ratio; medians.
+"""Streaming beside that of `datasets`, with and without a limit of resolves; and what many GPUs would ask of the Hub.
 
-python benchmarks/stream.py     ten minutes on two cores, 40 MB in a temporary folder
+python benchmarks/stream.py             a quarter of an hour on two cores, 400 MB in a temporary folder
+python benchmarks/stream.py --scale     only the table for 1 to 512 GPUs, computed
 
-Both read the same parquet files from a server on loopback in two processes with one worker each, decode with the same
-code and cut the same crops; runs alternate. `datasets` streams with shuffle and split_dataset_by_node, as its
-documentation has it. Epochs are read whole, the time from the name of the dataset to its last batch. Our bytes have in
-them the first window of the next epoch, which is read ahead.
+All readers read the same parquet files from a server on loopback, in two processes with one worker each, decode with
+the same code and cut the same crops. Runs alternate; medians are printed. `datasets` streams with shuffle and
+split_dataset_by_node, as its documentation has it. The first epoch includes the time to open the dataset.
 """
 
 import argparse
@@ -13,15 +13,14 @@ import functools
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, median
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,32 +30,47 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import moco.hub
+from benchmarks.data_path import photograph
 from moco.augment import random_crop_boxes
 from moco.batches import crop_generator, train_batches
 from moco.data import load_splits
 from moco.decode import decode_crops
-from moco.shapes import encode_jpeg
-from moco.stream import read_footer, read_footers, worker_windows
+from moco.hub import ADDRESS_LIFE, RENEW_AT, RESOLVES, WINDOW
 from tests.hub import serving
 
-PROCESSES, BATCH, WINDOW, SIZE = 2, 64, 200, 224
+PROCESSES, BATCH, ROWS, SIZE = 2, 64, 200, 224  # ROWS: of a shuffle window
 GROUP = 100  # rows, as the Hub's image datasets have them
-IMAGENET = (294, 1_281_167)  # files, images
+IMAGENET = (294, 1_281_167, 140e9)  # files, images, bytes
+GPU, MACHINE = 2_300, 8  # images/s that one H100 asks for, GPUs in a machine
 
 
-# ---- the two readers, a process's epoch each: yields the number of images of a batch
+# ---- the readers: each yields the number of images of every batch of one process, and None after an epoch
 
 
-def ours(name, rank):
-    images, _ = load_splits(name)
-    rows = itertools.islice(images.training_rows(BATCH, 0, 0, rank, PROCESSES, 1, WINDOW), len(images) // BATCH)
-    for views, _ in train_batches(images, SIZE, 0, "v2", rows, 1):
+def ours(name, rank, epochs, cache=None):
+    images, _ = load_splits(name, cache=cache)
+    steps = len(images) // BATCH
+    rows = itertools.islice(images.training_rows(BATCH, 0, 0, rank, PROCESSES, 1, ROWS), epochs * steps)
+    for step, (views, _) in enumerate(train_batches(images, SIZE, 0, "v2", rows, 1), 1):
         yield len(views)
+        if step % steps == 0:
+            yield None
 
 
-def theirs(name, rank):
+def cached(name, rank, epochs):
+    return ours(name, rank, epochs, cache=f"{os.environ['HF_HOME']}/row-groups")  # empty at the start of each run
+
+
+def old(name, rank, epochs):
+    """Ours as it once was: each row group is read through an address with /resolve/ in it."""
+    moco.hub.address_of = lambda *arguments: None
+    return ours(name, rank, epochs)
+
+
+def theirs(name, rank, epochs):
     images = datasets.load_dataset(name, split="train", streaming=True)
-    images = images.cast_column("image", datasets.Image(decode=False)).shuffle(seed=0, buffer_size=WINDOW)
+    images = images.cast_column("image", datasets.Image(decode=False)).shuffle(seed=0, buffer_size=ROWS)
     images = split_dataset_by_node(images, rank, PROCESSES)
 
     def crops(rows):
@@ -66,145 +80,140 @@ def theirs(name, rank):
             views[i] = decode_crops(row["image"], boxes, SIZE)
         return views
 
-    n = BATCH // PROCESSES
-    for views in DataLoader(images, n, num_workers=1, prefetch_factor=4, drop_last=True, collate_fn=crops):
-        yield len(views)
+    options = {"num_workers": 1, "prefetch_factor": 4, "drop_last": True, "collate_fn": crops}
+    for epoch in range(epochs):
+        images.set_epoch(epoch)
+        yield from map(len, DataLoader(images, BATCH // PROCESSES, **options))
+        yield None
 
 
-def read_epoch(reader, name):
-    """In one of the processes under torchrun: read an epoch and print its images and seconds."""
-    rank, started = PartialState(cpu=True).process_index, time.perf_counter()
-    images = sum(reader(name, rank))
-    print(json.dumps({"images": images, "seconds": time.perf_counter() - started}), flush=True)
+READERS = {"ours": ours, "cached": cached, "old": old, "datasets": theirs}
 
 
-def start(hub, command):
-    """Run Python on the server's data, with nothing in its caches; returns what it prints."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {"HF_HOME": cache, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | hub.environment
-        command = [sys.executable, *command]
-        return subprocess.run(
-            command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
+def read_epochs(reader, name, epochs):
+    """In one of the processes under torchrun: read epochs, and print [images, seconds] of each."""
+    rank, started, images = PartialState(cpu=True).process_index, time.perf_counter(), 0
+    for batch in READERS[reader](name, rank, int(epochs)):
+        images += batch or 0
+        if batch is None:
+            PartialState().wait_for_everyone()
+            print(f"{[images, time.perf_counter() - started]}\n", end="", flush=True)  # at once, as others print, too
+            started, images = time.perf_counter(), 0
 
 
-def measure(hub, reader, name):
-    """(images/s of all processes together, bytes that the server sent)."""
+def measure(hub, reader, name, epochs=2):
+    """[(images/s of all processes together, bytes that the server sent), ...] of the epochs, with empty caches."""
     hub.sent.clear()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    lines = start(hub, [*launch, __file__, "--child", reader, name]).splitlines()
-    told = [json.loads(line) for line in lines if line.startswith("{")]
-    assert len(told) == PROCESSES
-    return sum(line["images"] for line in told) / max(line["seconds"] for line in told), sum(hub.sent.values())
-
-
-# ---- data
-
-
-def photographs(count):
-    """JPEGs of 500 x 375 pixels and about 110 kB, as ImageNet's are on average: noise of a photograph's spectrum."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(500), np.fft.fftfreq(375)))[..., None]
-    for _ in range(count):
-        spectrum = np.fft.fft2(rng.standard_normal((375, 500, 3)), axes=(0, 1)) / np.maximum(frequency, 1e-3) ** 1.05
-        pixels = np.fft.ifft2(spectrum, axes=(0, 1)).real
-        yield encode_jpeg((127 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
+    command += [__file__, "--child", reader, name, str(epochs)]
+    found, lines, before = [], [], 0
+    with tempfile.TemporaryDirectory() as home:
+        environment = {"HF_HOME": home, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | hub.environment
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("["):
+                lines.append(json.loads(line))
+            if len(lines) == PROCESSES:
+                (images, seconds), sent = zip(*lines), sum(hub.sent.values())
+                found.append((sum(images) / max(seconds), sent - before))
+                lines, before = [], sent
+        assert process.wait() == 0 and len(found) == epochs
+    return found
 
 
 def write_files(folder, files, groups, images):
-    """Parquet files of `groups` row groups each that hold the JPEGs `images` again and again; links to one file."""
+    """Write parquet files that hold `images` again and again, as links to one file; returns the bytes of all."""
     folder.mkdir(parents=True)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
-    rows = itertools.cycle({"bytes": data, "path": None} for data in images)
-    column = list(itertools.islice(rows, groups * GROUP))
+    column = [{"bytes": data, "path": None} for data in itertools.islice(itertools.cycle(images), groups * GROUP)]
     table = pa.table({"image": column, "label": [0] * len(column)}, schema=features.arrow_schema)
     first, *others = [folder / f"train-{file:05}-of-{files:05}.parquet" for file in range(files)]
-    pq.write_table(table, first, row_group_size=GROUP, use_dictionary=False)
+    pq.write_table(table, first, row_group_size=GROUP, compression="none", use_dictionary=False)
     for other in others:
         os.link(first, other)
+    return files * first.stat().st_size
 
 
-# ---- what is printed
+def compare(hub, name, size, repeats):
+    """Print speed and bytes of both epochs, with a cache and beside `datasets`. size: bytes of the files."""
+    readers = ("cached", "datasets")
+    runs = [[measure(hub, reader, name) for reader in readers] for _ in range(repeats)]
+    for epoch in (0, 1):
+        speeds, sent = ([median(run[i][epoch][k] for run in runs) for i in (0, 1)] for k in (0, 1))
+        words = [f"{name} {v:.0f} images/s, {b / size:.2f} of the bytes" for name, v, b in zip(readers, speeds, sent)]
+        print(f"  epoch {epoch + 1}: {'; '.join(words)}; ratio of speeds {speeds[0] / speeds[1]:.2f}", flush=True)
 
 
-def compare(hub, name, share, repeats):
-    """Alternate the readers; print medians and ratios. share: bytes of the files."""
-    found = {"ours": [], "theirs": []}
-    for _ in range(repeats):
-        for reader in found:
-            found[reader].append(measure(hub, reader, name))
-    (speed, sent), (other_speed, other_sent) = (map(statistics.median, zip(*found[reader])) for reader in found)
-    print(f"  images/s        {speed:8.0f}   datasets {other_speed:8.0f}   ratio {speed / other_speed:.2f}")
-    print(
-        f"  bytes/file size {sent / share:8.2f}   datasets {other_sent / share:8.2f}   ratio {sent / other_sent:.2f}",
-        flush=True,
-    )
+def compare_limit(hub, name, repeats):
+    """Print the speed of an epoch while the Hub answers as many resolves for a row group as it does for one H100."""
+    [(free, _)], seconds = measure(hub, "ours", name, epochs=1), 5
+    allowed = round(free * seconds * (RESOLVES / WINDOW) / GPU)
+    print(f"{free:.0f} images/s without a limit; now {allowed} resolves in {seconds} seconds", flush=True)
+    found = {reader: [] for reader in ("ours", "old", "datasets")}
+    for reader in list(found) * repeats:
+        hub.resolved.clear()
+        hub.limit = (allowed, seconds)
+        [(speed, _)] = measure(hub, reader, name, epochs=1)
+        hub.limit = None
+        found[reader].append((speed, len(hub.resolved)))
+    for reader, values in found.items():
+        speed, resolves = map(median, zip(*values))
+        print(f"  {reader:8} {speed:.0f} images/s, {resolves:.0f} resolves of parquet files", flush=True)
 
 
-def seconds_of(function, repeats, clock=time.perf_counter):
-    times = []
-    for _ in range(repeats):
-        started = clock()
-        function()
-        times.append(clock() - started)
-    return statistics.median(times)
+def network_share(machines, epochs, room):
+    """Bytes that all machines together read from the network, in sizes of the dataset.
+
+    In each epoch a machine reads its part of a new order, as the plan has it. room: the share of the data that its
+    cache holds, which keeps what came first.
+    """
+    groups = IMAGENET[1] // GROUP
+    have, read = np.zeros((machines, groups), bool), 0
+    for epoch in range(epochs):
+        order = np.random.default_rng([*b"groups", 0, epoch]).permutation(groups)
+        for mine, part in zip(have, np.array_split(order, machines)):
+            new = part[~mine[part]]
+            read += len(new)
+            mine[new[: max(0, int(room * groups) - int(mine.sum()))]] = True
+    return read / groups
 
 
-def plan_imagenet(world, workers):
-    """Every window of one process's first epoch."""
-    groups = np.full(-(-IMAGENET[1] // GROUP), GROUP)
-    groups[-1] = IMAGENET[1] % GROUP
-    for worker in range(workers):
-        windows = worker_windows(groups, 256, 0, 0, 0, world, worker, workers, 800)
-        rows = sum(len(rows) for _, rows, _ in itertools.takewhile(lambda window: window[0] == 0, windows))
-        assert rows >= IMAGENET[1] // world // workers - 256
-
-
-def open_footers(name):
-    """Print the seconds that a dataset's footers take at once and one after another."""
-    api = huggingface_hub.HfApi()
-    files = sorted(file for file in api.list_repo_files(name, repo_type="dataset") if file.endswith(".parquet"))
-    paths = [f"hf://datasets/{name}@main/{file}" for file in files]
-    parallel = seconds_of(lambda: read_footers(paths), 3)
-    print(json.dumps([parallel, seconds_of(lambda: [read_footer(path) for path in paths], 3)]))
+def print_scale():
+    """Print requests and bytes of 200 epochs of ImageNet on 1 to 512 GPUs, as a table in Markdown."""
+    files, images, size = IMAGENET
+    print("| GPUs | an epoch | resolves in 5 minutes: one a row group | one a file: at first, later | GB/s", end="")
+    print(" | TB without a cache | with 35 GB a machine | with 140 GB |\n" + "|---" * 8 + "|")
+    for gpus in (1, 8, 64, 512):
+        machines, speed = -(-gpus // MACHINE), gpus * GPU
+        later = machines * files * WINDOW / (RENEW_AT * ADDRESS_LIFE)
+        words = [f"{gpus}", f"{images / speed:.0f} s", f"{speed / GROUP * WINDOW:,.0f}"]
+        words += [f"{machines * files:,}, {later:,.0f}", f"{speed * size / images / 1e9:.2f}"]
+        words += [f"{size / 1e12 * network_share(machines, 200, room):.2f}" for room in (0, 0.25, 1)]
+        print(f"| {' | '.join(words)} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, metavar="N", default=3, help="runs of each reader [%(default)s]")
-    parser.add_argument("--files", type=int, metavar="N", default=24, help="parquet files of 200 images [%(default)s]")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # what this script starts: a function, a dataset
+    parser.add_argument("--scale", action="store_true", help="only compute what many GPUs ask for")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # what this script starts: a reader, data, epochs
     args = parser.parse_args()
     if args.child:
-        function, name = args.child
-        open_footers(name) if function == "footers" else read_epoch({"ours": ours, "theirs": theirs}[function], name)
+        return read_epochs(*args.child)
+    print_scale()
+    if args.scale:
         return
-
-    for world in (1, 8):
-        seconds = seconds_of(functools.partial(plan_imagenet, world, 8), 5, time.process_time)
-        print(f"an epoch of ImageNet planned for one of {world} processes: {1000 * seconds:.0f} ms of CPU", flush=True)
     with tempfile.TemporaryDirectory() as root, serving(root) as hub:
-        repositories = Path(root) / "datasets" / "some"
-        images = list(photographs(50))
-        for name, files in (("even", args.files), ("odd", args.files + 1)):
-            write_files(repositories / name, files, 2, images)
-        write_files(repositories / "footers", IMAGENET[0], 44, [b"tiny"])
-        for latency in (0, 0.05):
-            hub.latency = latency
-            parallel, serial = json.loads(start(hub, [__file__, "--child", "footers", "some/footers"]))
-            print(
-                f"{IMAGENET[0]} footers, {1000 * latency:.0f} ms a request: {parallel:.2f} s at once,"
-                f" {serial:.2f} s one after another, ratio {serial / parallel:.1f}",
-                flush=True,
-            )
-        print(f"images of {statistics.mean(map(len, images)) / 1000:.0f} kB in row groups of {GROUP}")
-        for name, files, latency in (
-            ("even", args.files, 0), ("odd", args.files + 1, 0), ("even", args.files, 0.05),
-        ):  # fmt: skip
-            hub.latency = latency
-            share = sum(path.stat().st_size for path in (repositories / name).iterdir())
+        rng, folder = np.random.default_rng(0), Path(root) / "datasets" / "some"
+        images = [photograph(500, 375, 93, rng) for _ in range(50)]  # about 110 kB, as ImageNet's are on average
+        print(f"images of {mean(map(len, images)) / 1000:.0f} kB in row groups of {GROUP}")
+        for files, latency in ((24, 0), (25, 0), (24, 0.05)):
+            name, hub.latency = f"{files}-{latency}", latency
             print(f"{files} files, {PROCESSES} processes, {1000 * latency:.0f} ms a request", flush=True)
-            compare(hub, f"some/{name}", share, args.repeats)
+            compare(hub, f"some/{name}", write_files(folder / name, files, 2, images), args.repeats)
+        hub.latency = 0
+        write_files(folder / "long", 4, 12, images)
+        compare_limit(hub, "some/long", args.repeats)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -13,9 +14,12 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from moco.cache import RowGroupCache
 from moco.decode import is_transparent
 from moco.errors import UserError, first_line
 from moco.folder import TEST, TRAIN, folder_splits
+from moco.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
+from moco.jsonfile import write_json
 from moco.shapes import shapes_dataset
 from moco.stream import ParquetImages, read_footers
 
@@ -32,6 +36,8 @@ class IndexedImages:
 
     It has the methods of `moco.stream.ParquetImages`, so that nothing else needs to know which of the two it reads.
     """
+
+    traffic = cache = None  # it is not streamed
 
     def __init__(self, dataset):
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
@@ -117,22 +123,26 @@ def size_of(path):
 # ---- a name -> datasets with the columns "image" (not decoded) and, where there are labels, "label"
 
 
-def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True):
+def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True, cache=None, cache_gb=None):
     """The images that `name` stands for, as (train, test) sequences of rows; test is None if there is no such split.
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
-    USER/NAME on the Hub. revision: of a Hub name, None for main. streaming: read parquet files by row group where they
-    are (ParquetImages). Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets`
-    is downloaded or converted once a machine, and kept on disk.
+    USER/NAME on the Hub. revision: of a Hub name, None for main.
+    Parquet files are read by row group (ParquetImages), on the Hub if streaming, and otherwise after they were
+    downloaded. Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets` is
+    downloaded or converted once a machine, and kept on disk. cache: a folder that keeps what is streamed from the Hub,
+    at most cache_gb GB (None: as RowGroupCache has it), or None for no cache.
     All processes call it together. Raises UserError for a name, folder or column that does not exist.
     """
     here = name not in ("", "shapes") and Path(name).is_dir()
     if revision is not None and (here or name == "shapes"):
         raise UserError(f"--revision {revision} names a version on the Hub, which --data {name} is not; leave it out")
-    if name != "shapes" and not here:
-        check_hub_name(name)
+    if cache_gb and not cache:
+        raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
     try:
-        splits = find_splits(name, image_column, label_column, revision, streaming)
+        splits = find_splits(name, revision, streaming)
+        if isinstance(splits[0], list):
+            splits = parquet_splits(name, splits, image_column, label_column, cache, cache_gb)
     except datasets.exceptions.DatasetNotFoundError as error:
         if revision is not None and "evision" in str(error):
             raise UserError(f"--revision {revision} is not in {name}: {first_line(error)}") from error
@@ -150,6 +160,8 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         else split
         for split in splits
     )
+    if cache and splits[0].cache is None and PartialState().is_main_process:
+        print(f"cache   not used, as {name} is not streamed from the Hub")
     if name != "shapes" and isinstance(splits[0], IndexedImages) and PartialState().is_main_process:
         looked_at = range(0, len(splits[0]), -(-len(splits[0]) // LOOKED_AT) or 1)
         if transparent := sum(is_transparent(splits[0][row]["image"]) for row in looked_at):
@@ -157,28 +169,39 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     return splits
 
 
-def find_splits(name, image_column, label_column, revision, streaming):
-    """(train, test): each a Hugging Face dataset, ParquetImages, or None."""
-    folder = Path(name)
+def find_splits(name, revision, streaming):
+    """(train, test): each a Hugging Face dataset, a list of paths of parquet files, or None."""
+    folder, on_hub = Path(name), name == "" or not Path(name).is_dir()
     if name == "shapes":
         with PartialState().local_main_process_first():  # drawn once a machine
             return shapes_dataset("train"), shapes_dataset("test")
+    if on_hub and not check_hub_name(name, downloads_of(name, revision)):
+        return json.loads(downloads_of(name, revision).read_text())
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         splits = datasets.load_from_disk(name)
-    elif folder.is_dir() and (found := folder_splits(name)):
-        splits = found
-    else:
+    elif on_hub or not (splits := folder_splits(name)):
         builder = datasets.load_dataset_builder(name, revision=revision)
-        files = builder.config.data_files or {}
-        paths = [str(path) for split in files.values() for path in split]
-        if streaming and paths and all(path.endswith(".parquet") for path in paths):
-            return parquet_splits(name, files, image_column, label_column)
-        if streaming and not folder.is_dir() and PartialState().is_main_process:
-            print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
-        with PartialState().local_main_process_first():
-            builder.download_and_prepare()
-        splits = builder.as_dataset()
-    return train_and_test({"train": splits} if isinstance(splits, datasets.Dataset) else splits)
+        splits = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
+        if not splits or not all(path.endswith(".parquet") for path in itertools.chain(*splits.values())):
+            if streaming and on_hub and PartialState().is_main_process:
+                print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
+            with PartialState().local_main_process_first():
+                builder.download_and_prepare()
+            splits = builder.as_dataset()
+    train, test = train_and_test({"train": splits} if isinstance(splits, datasets.Dataset) else splits)
+    if on_hub and isinstance(train, list):
+        train, test = broadcast_object_list([train, test])  # of one commit, even if there is a newer one by now
+        if not streaming:
+            with PartialState().local_main_process_first():
+                train, test = download(train), test and download(test)
+            if PartialState().is_local_main_process:
+                write_json(downloads_of(name, revision), [train, test])
+    return train, test
+
+
+def downloads_of(name, revision):
+    """Where a dataset's downloaded parquet files are listed, [train, test], for when the Hub cannot be reached."""
+    return shared_folder("downloads") / f"{hashlib.sha256(repr((name, revision)).encode()).hexdigest()[:40]}.json"
 
 
 def train_and_test(splits):
@@ -191,25 +214,30 @@ def train_and_test(splits):
     return splits[train], splits.get(test)
 
 
-def parquet_splits(name, files, image_column, label_column):
-    """(train, test) read by row group. The main process reads the footers, in parallel, and tells the others."""
-    told = [None]
+def parquet_splits(name, splits, image_column, label_column, cache, cache_gb):
+    """(train, test) as ParquetImages. splits: the paths of each one's files, or None.
+
+    The main process reads the footers, in parallel, and shares them.
+    """
+    traffic, footers, remote = Traffic(), [None, None], is_remote(splits[0][0])
     if PartialState().is_main_process:
-        told = [[paths and (list(paths), read_footers(paths)) for paths in train_and_test(files)]]
-    splits = []
-    for split in broadcast_object_list(told)[0]:
-        if split is not None:
-            paths, footers = split
-            check_same_schema(paths, footers)
-            features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
+        footers = [paths and read_footers(paths, traffic) for paths in splits]
+    footers = broadcast_object_list(footers)
+    cache = RowGroupCache(cache, cache_gb) if cache and remote else None
+    images = [None, None]
+    for i, paths in enumerate(splits):
+        if paths is not None:
+            check_same_schema(paths, footers[i])
+            features = datasets.Features.from_arrow_schema(footers[i][0].schema.to_arrow_schema())
             columns = choose_columns(features, name, image_column, label_column)
             kind = features[columns[0]]
             fields = set(kind) if isinstance(kind, dict) else set()
             if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
                 raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
-            split = ParquetImages(paths, footers, *columns)
-        splits.append(split)
-    return tuple(splits)
+            images[i] = ParquetImages(paths, footers[i], *columns, traffic, cache)
+    if remote and PartialState().is_main_process:
+        print_costs(*images, cache)
+    return tuple(images)
 
 
 def check_same_schema(paths, footers):
@@ -224,8 +252,27 @@ def check_same_schema(paths, footers):
             )
 
 
-def check_hub_name(name):
-    """Raise UserError at once for a name that is no folder and that the Hub does not have or does not answer for."""
+def print_costs(train, test, cache):
+    """Print what an epoch of a stream will ask of the Hub, and how much of it the cache will keep."""
+    machines = PartialState().num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", PartialState().num_processes))
+    asked, size = len(train.paths) * machines, train.epoch_bytes()
+    wait = (-(-asked // RESOLVES) - 1) * WINDOW // 60
+    late = f", {RESOLVES} in {WINDOW // 60} minutes for a free account, so the last are read {wait} minutes late"
+    print(
+        f"stream  {len(train.paths)} files, {len(train.groups)} row groups, {size / 1e9:.1f} GB an epoch;"
+        f" the Hub resolves {asked} addresses an hour" + (late if asked > RESOLVES else "")
+    )
+    if cache is None:
+        print("cache   off: every epoch reads everything again; --cache FOLDER keeps it")
+    else:
+        print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
+
+
+def check_hub_name(name, downloads):
+    """Whether the Hub has to be asked for a name; False if it does not answer and `downloads` lists what is here.
+
+    Raises UserError at once for a name that the Hub does not have, and if it does not answer and nothing is here.
+    """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or ".." in name:
         raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
     try:
@@ -236,6 +283,8 @@ def check_hub_name(name):
             f" the name, or if it is private or gated accept its terms on the Hub and run `hf auth login`"
         ) from error
     except Exception as error:  # no network, no answer, offline mode: each client library has its own exceptions
+        if downloads.exists():
+            return False
         try:
             datasets.load.CachedDatasetModuleFactory(name).get_module()
         except FileNotFoundError:
@@ -243,6 +292,7 @@ def check_hub_name(name):
                 f"--data {name} is neither a folder here nor downloaded before, and the Hub cannot be reached"
                 f" ({first_line(error)}); once it can: accept the dataset's terms there if it asks, `hf auth login`"
             ) from error
+    return True
 
 
 def choose_columns(features, name, image_column, label_column):
@@ -310,7 +360,7 @@ def count_classes(train_set, test_set, name):
     if None in ranges and not names[0]:
         raise UserError(
             f"--data {name} names no classes, and its files do not say in their footers how many labels there are;"
-            " --no-streaming counts them"
+            " --no-streaming downloads them, and counts"
         )
     known = [found for found in ranges if found]
     low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)

@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from moco.errors import UserError
 
-# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/stream.py);
+# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/hub.py);
 # downloads and evaluations take longer.
 STEP_PATIENCE, LONG_PATIENCE = timedelta(minutes=40), timedelta(hours=3)
 

@@ -22,6 +22,7 @@ from moco.checkpoint import (
 )
 from moco.decode import check_undecodable, name_undecodable
 from moco.errors import UserError, first_line
+from moco.hub import traffic_line
 from moco.jsonfile import is_numeric, is_object, is_text, is_whole, or_absent, write_json
 from moco.launch import LONG_PATIENCE, STEP_PATIENCE, catch_signals, provenance, release_signals, set_patience
 
@@ -57,12 +58,13 @@ class Run:
     epoch. fingerprint: of the training data, and backbone_sha256: of the weights a probe or detector starts from; if
     one of them differs, the run is not resumed.
     finite: whether weights must be finite to be saved; otherwise the run stops as diverged.
+    traffic: of `moco.hub`, counts what this process and its data workers read, to be logged; None where nothing does.
     """
 
     def __init__(
         self, folder, accelerator, modules, optimizer, *, settings, images, batch_size, total_steps, checkpoint_every,
         keep, fingerprint, steps_per_epoch=None, order=None, backbone_sha256=None, resume=False, evaluate=False,
-        finite=True,
+        finite=True, traffic=None,
     ):  # fmt: skip
         self.folder, self.accelerator, self.modules, self.optimizer = folder, accelerator, modules, optimizer
         self.settings, self.images, self.batch_size = settings, images, batch_size
@@ -74,6 +76,7 @@ class Run:
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
         self.pending = None  # the last step's values, on their way from the device
         self.spent = {"step": 0.0, "data": 0.0}  # seconds since the last log line
+        self.traffic, self.counted, self.read = traffic, 0, 0  # what was read: counted so far, and since the last line
         self.undecodable, self.named = 0, set()  # images of this epoch; all names that were printed
         self.stopping, self.bar = None, None  # the signal that stops the run; its progress bar
         self.saved_at, self.overdue = time.monotonic(), False  # the last checkpoint, and whether it is too long ago
@@ -203,7 +206,9 @@ class Run:
         self.settle()
         row = torch.cat([value.detach().flatten() for value in values.values()])
         overdue = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
-        shared = torch.tensor([len(failed), max(self.signals, default=0), overdue], dtype=row.dtype)
+        traffic = torch.tensor(self.traffic.totals() if self.traffic else [], dtype=torch.double)
+        shared = torch.tensor([len(failed), max(self.signals, default=0), overdue])
+        shared, self.counted = torch.cat([shared, traffic - self.counted]).to(row.dtype), traffic
         row = torch.cat([row, shared.to(row.device, non_blocking=True)])
         rows = self.accelerator.gather(row[None]).to("cpu", non_blocking=True)  # a row a process
         arrived = torch.cuda.Event() if row.is_cuda else None
@@ -220,14 +225,14 @@ class Run:
         if arrived:
             arrived.synchronize()
         sizes = [*(shape.numel() for shape in shapes.values()), 1, 1, 1]
-        *columns, failures, signals, overdue = rows.double().split(sizes, dim=1)
+        *columns, failures, signals, overdue, read = rows.double().tensor_split(np.cumsum(sizes).tolist(), dim=1)
         for (name, shape), column in zip(shapes.items(), columns, strict=True):
             diverged = (~column.isfinite().any(dim=1)).nonzero().flatten().tolist() if name == "loss" else []
             if diverged:
                 loss = column[diverged[0]][0].item()
                 self.stop_diverged(f"the loss is {loss} at step {done - 1} on process {diverged[0]}")
             self.sums[name] = self.sums.get(name, 0) + column.mean(dim=0).view(shape)
-        self.summed += 1
+        self.summed, self.read = self.summed + 1, self.read + read.sum(dim=0)  # of all processes
         self.stopping, self.overdue = int(signals.max()) or None, bool(overdue[0])
         if int((done - 1) / self.steps_per_epoch) > int((done - 2) / self.steps_per_epoch):
             self.undecodable = 0
@@ -252,12 +257,15 @@ class Run:
             "data_share": self.spent["data"] / seconds,
         }
         line |= {f"{what}_seconds": value for what, value in self.spent.items()}
-        self.sums, self.summed, self.spent = {}, 0, {"step": 0.0, "data": 0.0}
+        elapsed = seconds + sum(self.spent.values()) - self.spent["data"]  # waits for data are within steps
+        read, rates = traffic_line(self.read.tolist(), elapsed) if self.traffic else ({}, "")
+        line |= read
+        self.sums, self.summed, self.read, self.spent = {}, 0, 0, {"step": 0.0, "data": 0.0}
         accuracy = f"accuracy {np.max(line['accuracy']):.1f} %, " if "accuracy" in line else ""
         speed = line["images_per_second"]
         self.bar.set_postfix_str(
             f"loss {np.min(line['loss']):.2f}, {accuracy}{speed:.{0 if speed >= 100 else 1}f} images/s,"
-            f" {line['data_share']:.0%} waiting for data"
+            f" {line['data_share']:.0%} waiting for data{rates}"
         )
         return line
 

@@ -1,13 +1,14 @@
 """Images in parquet files, on the Hub or on disk, read by row group as a plan says, without a copy of the data.
 
 The plan is a function of (seed, epoch): a permutation of all row groups, cut at exact row counts into one part for each
-worker of each process, and each part into windows of some hundred rows that are shuffled. So every process takes
-equally many steps and reads its share, each image at most once an epoch, and a run resumes at any step by skipping
-windows unread. What `datasets` streams by itself gives none of these for file counts that the processes do not divide.
-Evaluation reads in order instead: each worker of each process some row groups that lie together, none of them twice.
+worker of each process, and each part into windows of some hundred rows that are shuffled. So every process takes the
+same number of steps and reads only its share, no image comes twice in an epoch, and a run resumes at any step by
+skipping windows without reading them. The streams of `datasets` do none of this if the number of files is not divisible
+by the number of processes. Evaluation reads in order instead: each worker of each process reads some row groups that
+lie together, and no row group is read twice.
 
 A worker holds the row groups of its window and of the next, which it reads ahead: about
-2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups where these are larger.
+2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups if these are larger.
 """
 
 import copy
@@ -15,79 +16,28 @@ import hashlib
 import io
 import itertools
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import unquote
 
 import datasets
-import huggingface_hub
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-from moco.errors import UserError, first_line
+from moco.cache import read_ranges
+from moco.errors import UserError
+from moco.hub import is_remote, read_range
 
 READERS = 4  # row groups a worker reads at a time
 FOOTER_READERS = 16  # footers a process reads at a time
 FOOTER_BYTES = 2**16  # guess of a footer's size; a second request fetches the rest of a larger one
-TIMEOUT = 20  # seconds without a byte after which a connection is given up and tried again
-RETRIES, LONGEST_WAIT = 30, 64  # waits of 1, 2, 4 ... 64, 64 seconds: about 25 minutes in all
-RETRIED = (408, 425, 429, *range(500, 600))  # everything but refusals
 
 
-# ---- bytes
-
-
-def hub_file(path):
-    """The parts of hf://datasets/REPO@REVISION/FILE as (repository, revision, file)."""
-    return tuple(map(unquote, re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", path).groups()))
-
-
-def read_range(path, start, end):
-    """Bytes [start, end) of a file on disk or on the Hub, and the size of the file; start < 0 counts from its end.
-
-    Faults of the network and the server are tried again, RETRIES times. Raises UserError for a refusal (not logged in,
-    terms not accepted, gone) and when the last try fails.
-    """
-    try:
-        if not path.startswith("hf://"):
-            with open(path, "rb") as file:
-                size = file.seek(0, io.SEEK_END)
-                start, end = (max(0, size + start), size) if start < 0 else (start, end)
-                file.seek(start)
-                data = file.read(end - start)
-        else:
-            repository, revision, name = hub_file(path)
-            url = huggingface_hub.hf_hub_url(repository, name, repo_type="dataset", revision=revision)
-            wanted = f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}"
-            response = http_backoff(
-                "GET", url, headers=build_hf_headers() | {"Range": wanted, "Accept-Encoding": "identity"},
-                timeout=TIMEOUT, follow_redirects=True, max_retries=RETRIES, max_wait_time=LONGEST_WAIT,
-                retry_on_status_codes=RETRIED,
-            )  # fmt: skip
-            hf_raise_for_status(response)
-            data = response.content
-            start, end, size = map(
-                int, re.match(r"bytes (\d+)-(\d+)/(\d+)", response.headers["Content-Range"]).groups()
-            )
-            end += 1
-    except (huggingface_hub.errors.GatedRepoError, huggingface_hub.errors.RepositoryNotFoundError) as error:
-        raise UserError(
-            f"{path} is refused ({first_line(error)}); accept the dataset's terms on its page, then `hf auth login`",
-            alone=True,
-        ) from error
-    except Exception as error:  # the HTTP client's own exceptions differ between versions of huggingface_hub
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}); once it can, go on with --resume", alone=True
-        ) from error
-    if len(data) != end - start:
-        raise UserError(f"{path} ends before byte {end}; it changed or is damaged", alone=True)
-    return data, size
+# ---- files
 
 
 class Pieces(io.RawIOBase):
-    """Some byte ranges of a file as a file, for pyarrow: {first byte: bytes}."""
+    """Some byte ranges of a file, {first byte: bytes}, as a file that pyarrow can read."""
 
     def __init__(self, pieces, size):
         self.pieces, self.size, self.position = pieces, size, 0
@@ -115,21 +65,21 @@ class Pieces(io.RawIOBase):
         return b""
 
 
-def read_footer(path):
-    """Metadata of a parquet file: its row groups, columns and where their bytes are."""
-    tail, size = read_range(path, -FOOTER_BYTES, None)
+def read_footer(path, traffic):
+    """The metadata of a parquet file: its row groups, its columns, and where their bytes are."""
+    tail, size = read_range(path, -FOOTER_BYTES, None, traffic)
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] != b"PAR1" or length > size:
         raise UserError(f"{path} is no parquet file")
     if length > len(tail):
-        tail, _ = read_range(path, size - length, size)
+        tail, _ = read_range(path, size - length, size, traffic)
     return pq.read_metadata(Pieces({size - len(tail): tail}, size))
 
 
-def read_footers(paths):
-    """Metadata of parquet files, FOOTER_READERS at a time."""
+def read_footers(paths, traffic):
+    """The metadata of parquet files, of which FOOTER_READERS are read at a time."""
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        return list(pool.map(read_footer, paths))
+        return list(pool.map(read_footer, paths, itertools.repeat(traffic)))
 
 
 # ---- rows
@@ -139,12 +89,13 @@ class ParquetImages:
     """Parquet files as a sequence of {"image": {"bytes", "path"}, "label"}, read by row group when asked for.
 
     paths: on disk or hf://. footers: what `read_footers` gave. image_column, label_column (or None): their names.
+    traffic: counts what is read. cache: a RowGroupCache, or None.
     Its rows are cheap to ask for in an order that stays within few row groups: the last one read is kept, and those
     that `keep` names are read ahead and kept.
     """
 
-    def __init__(self, paths, footers, image_column, label_column):
-        self.paths, self.footers = paths, footers
+    def __init__(self, paths, footers, image_column, label_column, traffic, cache=None):
+        self.paths, self.footers, self.traffic, self.cache = paths, footers, traffic, cache
         self.columns = [image_column] + ([label_column] if label_column else [])
         self.column_names = ["image"] + (["label"] if label_column else [])
         features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
@@ -152,7 +103,7 @@ class ParquetImages:
         self.set_groups([(file, i) for file, footer in enumerate(footers) for i in range(footer.num_row_groups)])
 
     def set_groups(self, groups):
-        """Be these row groups, (file, index in it), in this order."""
+        """Hold these row groups, [(file, index in it), ...], in this order."""
         self.groups = groups
         self.rows_in_group = np.array([self.footers[file].row_group(i).num_rows for file, i in groups], dtype=np.int64)
         self.first_row = np.concatenate([[0], self.rows_in_group.cumsum()])
@@ -173,21 +124,27 @@ class ParquetImages:
         return hashlib.sha256(repr((names, self.groups, self.rows_in_group.tolist())).encode()).hexdigest()[:16]
 
     def label_range(self):
-        """(smallest, largest) label as the footers say it, a missing one as -1; None where they do not say."""
-        low, high = 0, 0
+        """(smallest, largest) of all labels and 0, where a missing label counts as -1; None if that is not known.
+
+        Footers say it, as a rule. If they do not, the label column of files on disk is read, and files on the Hub are
+        left unknown.
+        """
+        ends = {0}
         for file, index in self.groups:
-            row_group = self.footers[file].row_group(index)
+            row_group, label = self.footers[file].row_group(index), self.columns[1]
             chunks = (row_group.column(i) for i in range(row_group.num_columns))
-            statistics = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == self.columns[1]), None)
-            if statistics is None or not statistics.has_null_count:
+            found = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == label), None)
+            nulls = found.null_count if found and found.has_null_count else None
+            if nulls is not None and (found.has_min_max or nulls == row_group.num_rows):
+                smallest, largest = found.min, found.max
+            elif is_remote(self.paths[file]):
                 return None
-            if statistics.null_count:
-                low = -1
-            if statistics.has_min_max:
-                low, high = min(low, statistics.min), max(high, statistics.max)
-            elif statistics.null_count < row_group.num_rows:
-                return None
-        return low, high
+            else:
+                with pq.ParquetFile(self.paths[file], metadata=self.footers[file]) as parquet:
+                    labels = parquet.read_row_group(index, columns=[label])[label]
+                nulls, (smallest, largest) = labels.null_count, pc.min_max(labels).as_py().values()
+            ends |= ({-1} if nulls else set()) | {smallest, largest} - {None}
+        return min(ends), max(ends)
 
     # ---- the methods that moco.data.IndexedImages has too
 
@@ -223,8 +180,8 @@ class ParquetImages:
         count = int(np.searchsorted(self.rows_in_group[order].cumsum(), images)) + 1
         if count >= len(order):
             raise UserError(
-                f"the training data has {len(order)} row groups, too few to hold {images} of {len(self)} images out;"
-                " --no-streaming holds out single images"
+                f"the training data has {len(order)} row groups, too few to hold {images} of {len(self)} images out; of"
+                " what `datasets` saves with save_to_disk, given as --data FOLDER, single images are held out"
             )
         return self.select_groups(order[count:]), self.select_groups(order[:count])
 
@@ -262,19 +219,29 @@ class ParquetImages:
     def read_group(self, group):
         """One row group's columns as a table, by one request where their bytes lie together."""
         file, index = self.groups[group]
+        ranges = self.ranges(group)
+        name = "-".join([f"{index:05}", *self.columns])
+        pieces = read_ranges(self.paths[file], name, ranges, self.cache, self.traffic)
+        source = Pieces(pieces, max(end for _, end in ranges))
+        parquet = pq.ParquetFile(source, metadata=self.footers[file], pre_buffer=False)
+        return parquet.read_row_group(index, columns=self.columns, use_threads=False)
+
+    def ranges(self, group):
+        """[(start, end), ...] in bytes of what is read of a row group; columns that lie together are one."""
+        file, index = self.groups[group]
         chunks = [self.footers[file].row_group(index).column(i) for i in range(self.footers[file].num_columns)]
         prefixes = tuple(f"{column}." for column in self.columns)  # of image.bytes, label ...
         wanted = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(prefixes)]
         ranges = []
         for start, end in sorted(map(chunk_range, wanted)):
             if ranges and ranges[-1][1] == start:
-                ranges[-1][1] = end
-            else:
-                ranges.append([start, end])
-        pieces = {start: read_range(self.paths[file], start, end)[0] for start, end in ranges}
-        source = Pieces(pieces, max(end for _, end in ranges))
-        parquet = pq.ParquetFile(source, metadata=self.footers[file], pre_buffer=False)
-        return parquet.read_row_group(index, columns=self.columns, use_threads=False)
+                start = ranges.pop()[0]
+            ranges.append((start, end))
+        return ranges
+
+    def epoch_bytes(self):
+        """The number of bytes that an epoch reads, each row group once."""
+        return sum(end - start for group in range(len(self.groups)) for start, end in self.ranges(group))
 
 
 def chunk_range(chunk):

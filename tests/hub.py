@@ -2,6 +2,10 @@
 
 It serves the files below `root`/datasets/USER/NAME and `root`/models/USER/NAME, and takes uploads of models there. Only
 the real huggingface_hub talks to it: in this process after `Hub.here(monkeypatch)`, in others by `Hub.environment`.
+
+As on the Hub, a request for a parquet file at an address with /resolve/ in it is counted, and answered with a signed
+address on another host (here: another port), which takes no token and ends after a while. An hour there is `life`
+seconds here, so that a test sees many of them.
 """
 
 import base64
@@ -15,6 +19,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -28,12 +33,17 @@ COMMIT = "c0ffee0123456789c0ffee0123456789c0ffee01"  # every repository has this
 
 
 class Hub(ThreadingHTTPServer):
-    """faults: consumed one a request for a file: a status, "503 Retry-After", "reset", "truncate", "stall", or None.
+    """faults: consumed one a read of a file: a status, "503 Retry-After", "reset", "truncate", "stall", "other range",
+    "whole" (in answer to a range), or None.
 
+    refusals: consumed one a request with /resolve/ in its address: a status, or None. limit: (n, seconds), so many of
+    these are answered in a window of so many seconds, the others 429; or None. limited: how many were.
+    resolved: (seconds since the start, file) of each signed address. life: seconds, whole ones, until one ends.
+    reads: (file, range) of each read from one. leaked: tokens that their host was sent.
     gated: names of repositories that anybody may list and nobody fetch. private: those that are there for TOKEN only.
-    requests: (method, path, Range) of what was asked. sent: bytes of files sent, by the RANK of the process that asked,
-    or by "alone". created: {name of a repository: "private" or "public"}.
-    latency: seconds before a file's first byte.
+    requests: (method, path, Range) of what was asked of the Hub itself. sent: bytes of files sent, by the RANK of the
+    process that asked, or by "alone". created: {name of a repository: "private" or "public"}. renamed: {old: new name}.
+    latency: seconds before an address or a file's first byte.
     """
 
     daemon_threads = True
@@ -43,7 +53,11 @@ class Hub(ThreadingHTTPServer):
         self.root, self.url = Path(root), f"http://127.0.0.1:{self.server_port}"
         self.faults, self.gated, self.private, self.requests, self.sent = [], set(), set(), [], Counter()
         self.created, self.uploads, self.stopped, self.lock = {}, {}, threading.Event(), threading.Lock()
-        self.latency, self.url_of_large_files = 0.0, f"http://localhost:{self.server_port}/large"
+        self.refusals, self.limit, self.limited, self.window, self.latency = [], None, 0, (0, 0), 0.0
+        self.resolved, self.reads, self.leaked, self.ends, self.life = [], [], [], [], 3600
+        self.started, self.renamed = time.monotonic(), {}
+        self.signed_host = ThreadingHTTPServer(("127.0.0.1", 0), SignedHandler)
+        self.signed_host.daemon_threads, self.signed_host.hub = True, self
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def here(self, monkeypatch, token=None):
@@ -55,12 +69,42 @@ class Hub(ThreadingHTTPServer):
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
+        for name in ("HF_ASSETS_CACHE", "HF_HUB_CACHE"):
+            monkeypatch.setattr(huggingface_hub.constants, name, str(self.root / name))
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
 
-    def file_requests(self):
-        """The ranges of all requests for files, in their order."""
-        return [asked for method, path, asked in self.requests if method == "GET" and "/resolve/" in path]
+    def resolves(self):
+        """The paths of all requests with /resolve/ in their address, in their order."""
+        return [path for _, path, _ in self.requests if "/resolve/" in path]
+
+    def now(self):
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def address(self, kind, name, file, seconds):
+        """A new signed address of a file, given out at so many seconds since the epoch."""
+        where = f"127.0.0.1:{self.signed_host.server_port}"
+        signed = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y%m%dT%H%M%SZ")
+        with self.lock:
+            self.resolved.append((self.now(), file))
+            self.ends.append(self.now() + self.life)
+            query = f"X-Amz-Date={signed}&X-Amz-Expires={self.life}&X-Amz-Signature={len(self.ends) - 1}"
+        return f"http://{where}/{kind}/{name}/{file}?{query}"
+
+    def revoke(self):
+        """Refuse from now on all addresses that were given out."""
+        self.ends = [0] * len(self.ends)
+
+    def seconds_to_wait(self):
+        """Count a request against the limit: 0 if it is within, otherwise the seconds until the next window."""
+        with self.lock:
+            requests, seconds = self.limit or (1, 1)
+            number = int(self.now() / seconds)
+            used = self.window[1] if self.limit and self.window[0] == number else 0
+            self.window = (number, used + 1)
+            self.limited += used >= requests
+            return (number + 1) * seconds - self.now() if used >= requests else 0
 
     def files(self, kind, name):
         """{path in the repository: path here}."""
@@ -80,13 +124,19 @@ class Hub(ThreadingHTTPServer):
 def serving(root):
     """A running Hub for the files below `root`."""
     hub = Hub(root)
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    for server in (hub, hub.signed_host):
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield hub
     finally:
         hub.stopped.set()
-        hub.shutdown()
-        hub.server_close()
+        for server in (hub, hub.signed_host):
+            server.shutdown()
+            server.server_close()
+
+
+def digest_of(path):
+    return digest(path, path.stat().st_mtime_ns)
 
 
 @functools.cache
@@ -98,7 +148,14 @@ def digest(path, changed):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are sent apart, and would wait for each other
-    rank = None
+    rank = signed = None
+
+    @property
+    def hub(self):
+        return self.server
+
+    def date_time_string(self, timestamp=None):
+        return super().date_time_string(timestamp or self.signed)  # an hour of few seconds forgives no rounding
 
     def log_message(self, *values):
         pass
@@ -122,14 +179,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def may_read(self, kind, name, files=False):
         """Whether the repository, or also its files, is there and open; if not, the refusal is sent."""
-        hidden = name in self.server.private and not self.logged_in()
-        if hidden or not (self.server.root / kind / name).is_dir():
+        hidden = name in self.hub.private and not self.logged_in()
+        if hidden or not (self.hub.root / kind / name).is_dir():
             self.refuse(404 if self.logged_in() else 401, "RepoNotFound", "Repository not found")
-        elif files and name in self.server.gated:
+        elif files and name in self.hub.gated:
             self.refuse(403 if self.logged_in() else 401, "GatedRepo", f"Access to {name} is restricted")
         else:
             return True
         return False
+
+    def may_resolve(self):
+        """Whether the limit allows another request with /resolve/, and none is to be refused."""
+        if wait := self.hub.seconds_to_wait():
+            policy = '"fixed window";"resolvers";q={};w={}'.format(*self.hub.limit)
+            limit = {"RateLimit": f'"resolvers";r=0;t={int(wait)}', "RateLimit-Policy": policy}
+            self.answer({"error": "too many requests"}, 429, **limit)
+            return False
+        with self.hub.lock:
+            status = self.hub.refusals.pop(0) if self.hub.refusals else None
+        if status:
+            self.refuse(status, "GatedRepo" if status in (401, 403) else "", "on order")
+        return status is None
 
     def body(self):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -138,16 +208,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path, self.headers.get("Range")))
+        self.hub.requests.append((self.command, path, self.headers.get("Range")))
         if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, _, file = match.groups("models")
-            if self.may_read(kind, name, files=True):
-                if self.command == "GET" and file.endswith(".parquet"):  # large files lie on another host
-                    self.answer({}, 302, Location=f"{self.server.url_of_large_files}/{kind}/{name}/{file}")
+            if name in self.hub.renamed:
+                self.answer({}, 307, Location=self.path.replace(name, self.hub.renamed[name], 1))
+            elif self.may_read(kind, name, files=True) and self.may_resolve():
+                here = self.hub.files(kind, name).get(file)
+                if here and file.endswith(".parquet"):  # large files lie on another host
+                    facts = {"X-Linked-Size": here.stat().st_size, "X-Linked-ETag": f'"{digest_of(here)}"'}
+                    time.sleep(self.hub.latency)
+                    self.signed = time.time()
+                    where = self.hub.address(kind, name, file, self.signed)
+                    self.answer({}, 302, Location=where, X_Repo_Commit=COMMIT, **facts)
                 else:
-                    self.send_file(self.server.files(kind, name).get(file))
-        elif match := re.fullmatch(r"/large/(datasets|models)/([^/]+/[^/]+)/(.+)", path):
-            self.send_file(self.server.files(match[1], match[2]).get(match[3]))
+                    self.send_file(here)
         elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             if self.may_read(*match.groups()[:2]):
                 self.answer(self.information(*match.groups()[:2]))
@@ -165,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         path, body = unquote(urlsplit(self.path).path), self.body()
-        self.server.requests.append((self.command, path, None))
+        self.hub.requests.append((self.command, path, None))
         if match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             kind, name, _ = match.groups()
             if self.may_read(kind, name):
@@ -186,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
             )
         elif re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             upload = [
-                o | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}}
+                o | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}}
                 for o in json.loads(body)["objects"]
             ]
             self.answer({"transfer": "basic", "objects": upload})
@@ -201,15 +276,15 @@ class Handler(BaseHTTPRequestHandler):
         if hashlib.sha256(body).hexdigest() != oid:
             self.refuse(400, "", f"the content is not that of {oid}")
             return
-        self.server.uploads[oid] = body
+        self.hub.uploads[oid] = body
         self.answer({})
 
     # ---- repositories
 
     def information(self, kind, name):
-        files = self.server.files(kind, name)
+        files = self.hub.files(kind, name)
         return {
-            "id": name, "sha": COMMIT, "private": name in self.server.private, "gated": name in self.server.gated,
+            "id": name, "sha": COMMIT, "private": name in self.hub.private, "gated": name in self.hub.gated,
             "tags": [], "lastModified": "2024-01-01T00:00:00.000Z", "siblings": [{"rfilename": f} for f in files],
             "disabled": False, "downloads": 0, "likes": 0,
         }  # fmt: skip
@@ -217,87 +292,113 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, kind, name, folder, recursive):
         """Files and folders below `folder`, as the Hub lists them."""
         entries, prefix = {}, f"{folder}/" if folder else ""
-        for path, here in self.server.files(kind, name).items():
+        for path, here in self.hub.files(kind, name).items():
             if not path.startswith(prefix):
                 continue
             parents = [str(parent) for parent in Path(path).parents if str(parent) not in (".", folder)]
             entries |= {parent: {"type": "directory", "path": parent, "oid": "0", "size": 0} for parent in parents}
-            oid = digest(here, here.stat().st_mtime_ns)[:40]
+            oid = digest_of(here)[:40]
             entries[path] = {"type": "file", "path": path, "oid": oid, "size": here.stat().st_size}
         return [entry for path, entry in entries.items() if recursive or "/" not in path.removeprefix(prefix)]
 
     def create(self, wanted):
         name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
-        folder = self.server.root / "models" / name
+        folder = self.hub.root / "models" / name
         if not name.startswith("user/"):
             self.refuse(403, "", f"You don't have the rights to create a model under the namespace {name}")
         else:
             status = 409 if folder.exists() else 200
             folder.mkdir(parents=True, exist_ok=True)
-            visibility = self.server.created.setdefault(name, wanted.get("visibility", "public"))
+            visibility = self.hub.created.setdefault(name, wanted.get("visibility", "public"))
             if visibility == "private":
-                self.server.private.add(name)
-            self.answer({"url": f"{self.server.url}/{name}", "name": name, "private": False}, status)
+                self.hub.private.add(name)
+            self.answer({"url": f"{self.hub.url}/{name}", "name": name, "private": False}, status)
 
     def commit(self, name, lines):
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
                 continue
-            path = self.server.root / "models" / name / value["path"]
+            path = self.hub.root / "models" / name / value["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(
-                base64.b64decode(value["content"]) if line["key"] == "file" else self.server.uploads[value["oid"]]
+                base64.b64decode(value["content"]) if line["key"] == "file" else self.hub.uploads[value["oid"]]
             )
-        self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""})
+        self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""})
 
     # ---- files
 
     def send_file(self, path):
         fault = None
         if self.command == "GET":
-            with self.server.lock:
-                fault = self.server.faults.pop(0) if self.server.faults else None
+            with self.hub.lock:
+                fault = self.hub.faults.pop(0) if self.hub.faults else None
         if fault == "503 Retry-After":
             self.answer({"error": "busy"}, 503, Retry_After=1)
         elif isinstance(fault, int):
-            self.refuse(fault, "GatedRepo" if fault in (401, 403) else "", "on order")
+            self.answer({}, fault)
         elif path is None:
             self.refuse(404, "EntryNotFound", "Entry not found")
         else:
             self.send_range(path, fault)
 
     def send_range(self, path, fault):
-        time.sleep(self.server.latency)
+        time.sleep(self.hub.latency)
         size = path.stat().st_size
-        first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "bytes=0-").groups()
+        asked = None if fault == "whole" else self.headers.get("Range")
+        first, last = re.fullmatch(r"bytes=(\d*)-(\d*)", asked or "bytes=0-").groups()
         start, end = (int(first), int(last or size - 1) + 1) if first else (max(0, size - int(last)), size)
+        if fault == "other range":  # as long as the one asked for, where the file allows
+            start, end = start + 1, end + 1
         end = min(end, size)
-        self.send_response(206 if self.headers.get("Range") else 200)
-        if self.headers.get("Range"):
+        self.send_response(206 if asked else 200)
+        if asked:
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Content-Length", str(end - start))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{digest(path, path.stat().st_mtime_ns)}"')
+        self.send_header("ETag", f'"{digest_of(path)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "HEAD":
             return
         if self.rank is None:  # of this connection, which one handler serves
-            self.rank = self.server.rank_of(self.client_address[1])
+            self.rank = self.hub.rank_of(self.client_address[1])
         with path.open("rb") as file:
             file.seek(start)
             body = file.read(end - start)
-        if fault:
+        if fault in ("reset", "truncate", "stall"):
             body = body[: len(body) // 2]
         self.wfile.write(body)
-        with self.server.lock:
-            self.server.sent[self.rank] += len(body)
+        with self.hub.lock:
+            self.hub.sent[self.rank] += len(body)
         self.close_connection = fault is not None
         if fault == "stall":
             self.wfile.flush()
-            self.server.stopped.wait()
+            self.hub.stopped.wait()
         elif fault == "reset":
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+
+
+class SignedHandler(Handler):
+    """The host of signed addresses."""
+
+    @property
+    def hub(self):
+        return self.server.hub
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        kind, user, name, file = unquote(url.path)[1:].split("/", 3)
+        if token := self.headers.get("Authorization"):
+            self.hub.leaked.append(token)
+        serial = parse_qs(url.query).get("X-Amz-Signature", ["-1"])[0]
+        if not serial.isdigit() or self.hub.now() > self.hub.ends[int(serial)]:
+            self.answer({"Code": "AccessDenied"}, 403)
+        else:
+            with self.hub.lock:
+                self.hub.reads.append((file, self.headers.get("Range")))
+            self.send_file(self.hub.files(kind, f"{user}/{name}").get(file))
+
+    do_HEAD = do_GET

@@ -87,11 +87,11 @@ def test_parquet_files_and_saved_datasets_are_read_whatever_the_columns_are_call
         np.testing.assert_array_equal(decode_image(train_set[2]["image"]), expected)
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_a_column_of_something_else_is_refused(tmp_path, streaming):
-    name = parquet(tmp_path / "parquet", number=[0, 1, 0, 1])
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_column_of_something_else_is_refused(tmp_path, kind):
+    parquet(tmp_path / "parquet", number=[0, 1, 0, 1])
     with pytest.raises(UserError, match="--image-column number of .* does not hold images"):
-        load_splits(name, image_column="number", streaming=streaming)
+        load_splits(str(tmp_path / kind), image_column="number")
 
 
 def test_a_column_with_a_dot_in_its_name(tmp_path):
@@ -278,12 +278,13 @@ def test_damaged_images_side_by_side_count_once_each(tmp_path):
     assert [name[-7:] for name, _ in undecodable] == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_a_row_without_an_image_is_an_undecodable_one(tmp_path, streaming):
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_row_without_an_image_is_an_undecodable_one(tmp_path, kind):
     features = datasets.Features(image=datasets.Image())
     rows = datasets.Dataset.from_dict({"image": [encoded(picture(0), "JPEG"), None]}, features=features)
-    rows.to_parquet(tmp_path / "rows" / "train.parquet")
-    images, _ = load_splits(str(tmp_path / "rows"), streaming=streaming)
+    rows.to_parquet(tmp_path / "parquet" / "train.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    images, _ = load_splits(str(tmp_path / kind))
     views, undecodable = CropPairs(images, 16, seed=0)[[(0, 0), (0, 1)], ()]
     assert undecodable == [("row 1", "ValueError: the row has no image")] and views.float().std() > 0
 

@@ -6,6 +6,7 @@ pytest -m slow tests/test_machines.py
 import socket
 from contextlib import suppress
 
+import datasets
 import psutil
 import pytest
 from conftest import assert_same_run, start_script, wait_for_step, write_parquet
@@ -68,9 +69,12 @@ def test_two_processes_killed_in_mid_epoch_and_resumed_are_the_uninterrupted_run
     assert_same_run(output, tmp_path / "uninterrupted")
 
 
-@pytest.mark.parametrize("launcher, flags", [("accelerate", []), ("torchrun", ["--no-streaming"])])
-def test_two_machines_of_one_process_are_one_machine_of_two(parquet, tmp_path, launcher, flags):
+@pytest.mark.parametrize("launcher, streamed", [("accelerate", True), ("torchrun", False)])
+def test_two_machines_of_one_process_are_one_machine_of_two(parquet, tmp_path, launcher, streamed):
     """The README's launch lines, streamed and not: one folder for the run, a cache of data for each machine."""
+    data = parquet if streamed else tmp_path / "saved"
+    if not streamed:
+        datasets.load_dataset(str(parquet), cache_dir=tmp_path / "cache").save_to_disk(data)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -82,7 +86,7 @@ def test_two_machines_of_one_process_are_one_machine_of_two(parquet, tmp_path, l
         else:
             command = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", rank]
             command += ["--master_addr", "127.0.0.1", "--master_port", port]
-        machines.append(start(command, parquet, tmp_path / "two", *flags, HF_HOME=str(tmp_path / f"cache{rank}")))
+        machines.append(start(command, data, tmp_path / "two", HF_HOME=str(tmp_path / f"cache{rank}")))
     finish(*machines)
-    finish(start(TORCHRUN, parquet, tmp_path / "one", *flags))
+    finish(start(TORCHRUN, data, tmp_path / "one"))
     assert_same_run(tmp_path / "two", tmp_path / "one")

@@ -1,4 +1,7 @@
-"""Every command in the README names what is there, with flags that its script knows. pytest tests/test_readme.py"""
+"""Every command in the README and docs names what is there, with flags that its script knows.
+
+pytest tests/test_readme.py
+"""
 
 import importlib
 import re
@@ -16,7 +19,8 @@ from moco.errors import UserError
 
 def readme_commands():
     """The commands of all bash blocks, each as its words, without comments and environment variables."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
     text = "\n".join(blocks).replace("\\\n", " ").replace("$RANK", "1")
     commands = [shlex.split(part) for line in text.splitlines() for part in line.split(" # ")[0].split("&&")]
     return [words[1:] if re.match(r"[A-Z_]+=", words[0]) else words for words in commands if words]
@@ -29,7 +33,7 @@ def parse(script, flags, monkeypatch, processes=1):
     """
     if script.startswith("benchmarks/"):
         source = (ROOT / script).read_text()
-        assert all(f'"{flag}"' in source for flag in flags)
+        assert all(f'"{flag}"' in source for flag in flags if flag.startswith("-"))
         return
     monkeypatch.setattr(sys, "argv", [script, *flags])
     module = importlib.import_module(script.removesuffix(".py"))
@@ -61,6 +65,8 @@ def test_a_command_of_the_readme_parses(words, monkeypatch):
         parse(rest[1], rest[2:], monkeypatch)
     elif program == "python":
         parse(rest[0], rest[1:], monkeypatch)
+    elif program == "hf":  # run by test_stream.py
+        assert rest[:2] == ["download", "ILSVRC/imagenet-1k"]
     else:
         assert program == "pytest" and rest in ([], ["-m", "slow"])
 

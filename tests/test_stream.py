@@ -2,6 +2,12 @@
 
 import itertools
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import run_script, write_parquet
-from hub import COMMIT, serving
+from conftest import ROOT, run_script, write_parquet
+from hub import COMMIT, TOKEN, serving
 
 from moco.backbone import load_backbone
 from moco.batches import ordered_rows, train_batches
 from moco.checkpoint import read_metrics
-from moco.data import load_splits
+from moco.data import IndexedImages, count_classes, load_splits
 from moco.errors import UserError
+from moco.hub import Traffic
 from moco.knn import extract_features
 from moco.shapes import draw_scene, encode_jpeg
 from moco.stream import ParquetImages, read_footer, read_footers, stream_rows
@@ -129,9 +136,11 @@ def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(f
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_features_of_a_stream_are_those_of_the_files_downloaded(folder, workers):
+def test_features_of_a_stream_are_those_of_single_rows(folder, workers, tmp_path):
     images, _ = load_splits(str(folder))
-    plain, _ = load_splits(str(folder), streaming=False)
+    datasets.load_dataset(str(folder), cache_dir=tmp_path / "cache").save_to_disk(tmp_path / "saved")
+    plain, _ = load_splits(str(tmp_path / "saved"))
+    assert isinstance(plain, IndexedImages)
     backbone, rows = load_backbone("random", "resnet10")[0].eval(), [30, 31, 32, 5, 6, 70, 71]
     features, labels, _ = extract_features(backbone, images, rows, 32, workers, Accelerator(cpu=True))
     expected, expected_labels, _ = extract_features(backbone, plain, rows, 32, 0, Accelerator(cpu=True))
@@ -146,25 +155,33 @@ def test_selected_row_groups_are_a_stream_of_their_own(folder):
     assert part.fingerprint() != images.fingerprint() and len(images) == 75
 
 
-def test_labels_are_told_by_the_footers(folder, tmp_path):
+def test_labels_are_told_by_the_footers_or_counted_on_disk(folder, tmp_path, monkeypatch):
     images, _ = load_splits(str(folder))
     labels = [images[row]["label"] for row in range(75)]
     assert images.label_range() == (0, max(labels))  # from 0 on, whatever the smallest
     columns = {"image": [images[0]["image"]] * 4, "label": [5, None, 3, 9]}
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("int32"))
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
-    assert load_splits(str(tmp_path))[0].label_range() == (-1, 9)
-    table = pq.read_table(tmp_path / "train.parquet")
-    pq.write_table(table, tmp_path / "train.parquet", write_statistics=False)
-    assert load_splits(str(tmp_path))[0].label_range() is None
+    here = tmp_path / "datasets" / "some" / "numbers"
+    here.mkdir(parents=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(here / "train.parquet")
+    assert load_splits(str(here))[0].label_range() == (-1, 9)
+    pq.write_table(pq.read_table(here / "train.parquet"), here / "train.parquet", write_statistics=False)
+    assert load_splits(str(here))[0].label_range() == (-1, 9)
+    path = "hf://datasets/some/numbers@abc/train.parquet"
+    with serving(tmp_path) as hub:
+        hub.here(monkeypatch)
+        remote = ParquetImages([path], read_footers([path], Traffic()), "image", "label", Traffic())
+        assert remote.label_range() is None and len(hub.reads) == 1
+        with pytest.raises(UserError, match="names no classes, .*; --no-streaming downloads them, and counts"):
+            count_classes(remote, None, "some/numbers")
 
 
 def test_what_is_no_parquet_file_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet" * 10)
     with pytest.raises(UserError, match="is no parquet file"):
-        read_footer(str(tmp_path / "a.parquet"))
+        read_footer(str(tmp_path / "a.parquet"), Traffic())
     with pytest.raises(UserError, match="cannot be read"):
-        read_footer(str(tmp_path / "missing.parquet"))
+        read_footer(str(tmp_path / "missing.parquet"), Traffic())
 
 
 def test_a_streamed_run_resumes_in_mid_epoch_and_with_other_workers_at_its_begin(folder, tmp_path):
@@ -203,47 +220,50 @@ def hub(folder):
 def assert_same_rows(hub, folder, faults):
     """Read the whole of some/one, the footers and row groups of the last file with these faults."""
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
-    footers = read_footers(paths[:2])
+    footers = read_footers(paths[:2], Traffic())
     hub.faults = list(faults)
-    images = ParquetImages(paths, [*footers, read_footer(paths[2])], "image", "label")
+    images = ParquetImages(paths, [*footers, read_footer(paths[2], Traffic())], "image", "label", Traffic())
     local, _ = load_splits(str(folder))
     assert images.fingerprint() == local.fingerprint()
     assert [images[row] for row in range(75)] == [local[row] for row in range(75)]
-    assert not hub.faults and len(hub.file_requests()) == 3 + 9 + len([fault for fault in faults if fault])
+    failed = len([fault for fault in faults if fault])
+    assert not hub.faults and len(hub.reads) == 3 + 9 + failed and len(hub.resolves()) == 3 + failed
+    assert not hub.leaked
 
 
 @pytest.mark.parametrize(
-    "faults", [[], [500], [None, 503, 429], ["503 Retry-After"], ["reset"], [None, "truncate", 502]]
-)
+    "faults",
+    [[], [500], [None, 503, 429], ["503 Retry-After"], ["reset"], [None, "truncate", 502], [403, None, 403, 403],
+     ["other range", None, "whole"]],
+)  # fmt: skip
 def test_faults_of_the_server_change_nothing(hub, folder, monkeypatch, faults):
-    """One request a footer and a row group, and one more a fault."""
-    hub.here(monkeypatch)
+    """One read a footer and a row group, one resolve a file, and one more of each for a fault."""
+    hub.here(monkeypatch, TOKEN)
     assert_same_rows(hub, folder, faults)
 
 
 def test_a_connection_that_stalls_is_given_up_and_tried_again(hub, folder, monkeypatch):
     hub.here(monkeypatch)
-    monkeypatch.setattr("moco.stream.TIMEOUT", 0.5)
+    monkeypatch.setattr("moco.hub.TIMEOUT", 0.5)
     assert_same_rows(hub, folder, ["stall", None, "stall"])
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_is_not_tried_again_and_says_what_to_do(hub, monkeypatch, status):
     hub.here(monkeypatch)
-    hub.faults = [status]
+    hub.refusals = [status]
     with pytest.raises(UserError, match="accept the dataset's terms.*hf auth login"):
-        read_footer("hf://datasets/some/one@abc/train-0-of-3.parquet")
-    assert len(hub.file_requests()) == 1
+        read_footer("hf://datasets/some/one@abc/train-0-of-3.parquet", Traffic())
+    assert len(hub.resolves()) == 1 and not hub.reads
 
 
 def test_evaluation_asks_for_each_row_group_once(hub, folder, monkeypatch):
     hub.here(monkeypatch)
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
-    images = ParquetImages(paths, read_footers(paths), "image", "label")
-    hub.requests.clear()
+    images = ParquetImages(paths, read_footers(paths, Traffic()), "image", "label", Traffic())
+    hub.reads.clear()
     extract_features(load_backbone("random", "resnet10")[0].eval(), images, range(75), 32, 2, Accelerator(cpu=True))
-    asked = [(path, span) for method, path, span in hub.requests if "/resolve/" in path]
-    assert len(asked) == len(set(asked)) == 9
+    assert len(hub.reads) == len(set(hub.reads)) == 9 and len(hub.resolves()) == 3
 
 
 RUN = [*"--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1".split()]
@@ -259,17 +279,17 @@ def run_of(hub, data, output, *flags, processes=1):
 
 def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, folder, tmp_path):
     local = run_of(hub, folder, tmp_path / "local")
-    hub.faults = [503, None, "reset", None, None, 429, "truncate", None, "503 Retry-After", None, 500]
+    hub.faults = [503, None, "reset", None, None, 429, "truncate", None, "503 Retry-After", None, 403]
+    hub.refusals = [503, None, 500]
     remote = run_of(hub, "some/one", tmp_path / "remote", "--revision", "v1.0")
     assert local.returncode == remote.returncode == 0, remote.stderr
-    assert not hub.faults
+    assert not hub.faults and not hub.refusals
     kept = ("step", "loss", "accuracy", "knn", "undecodable")
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("local", "remote")]
     metrics = [[{key: line.get(key) for key in kept} for line in run] for run in lines]
     assert metrics[0] == metrics[1] and len(metrics[0]) == 5
     assert ("GET", "/api/datasets/some/one/revision/v1.0", None) in hub.requests
-    revisions = {path.split("/")[5] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
-    assert revisions == {COMMIT}
+    assert {path.split("/")[5] for path in hub.resolves() if path.endswith(".parquet")} == {COMMIT}
 
 
 def test_a_gated_dataset_is_refused_in_one_line(hub, tmp_path):
@@ -277,6 +297,54 @@ def test_a_gated_dataset_is_refused_in_one_line(hub, tmp_path):
     done = run_of(hub, "some/one", tmp_path)
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode == 2 and len(lines) == 1 and "terms" in lines[0] and "hf auth login" in lines[0]
+
+
+def test_files_of_the_hub_are_downloaded_once_and_found_without_it(tmp_path):
+    """The files themselves are in huggingface_hub's cache, and nothing of their size beside them."""
+    folder = tmp_path / "served" / "datasets" / "some" / "one"
+    for file in range(3):
+        write_parquet(folder / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
+    write_parquet(folder / "test-0-of-1.parquet", "test", range(20), rows=10)
+    write_parquet(folder / "extra-0-of-1.parquet", "train", range(20), rows=10)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
+        f"  - {{split: {split}, path: {split}-*}}\n" for split in ("train", "test", "extra")) + "---\n")  # fmt: skip
+    local, tested = load_splits(str(folder))
+    code = "import json; from moco.data import load_splits; images, tested = load_splits('some/one', streaming=False);"
+    code += "labels = [images[i]['label'] for i in range(75)]; disk = images.traffic.totals()[2];"
+    code += "print(json.dumps([labels, images.fingerprint(), tested.fingerprint(), disk > 0]))"
+    with serving(tmp_path / "served") as hub:
+        environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN} | hub.environment
+        first = run_script("-c", code, **environment)
+        assert first.returncode == 0, first.stderr
+        again = run_script("-c", code, **environment)
+        assert {file for file, _ in hub.reads} == {path.name for path in folder.glob("t*.parquet")}
+        assert len(hub.reads) == 4 and not hub.leaked
+    offline = run_script("-c", code, **environment)
+    expected = [[local[row]["label"] for row in range(75)], local.fingerprint(), tested.fingerprint(), True]
+    for done in (first, again, offline):
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == expected  # so the order is that of a stream
+    sizes = {
+        path: path.stat().st_size for path in (tmp_path / "home").rglob("*") if path.is_file() and not path.is_symlink()
+    }
+    data = sum(path.stat().st_size for path in folder.glob("t*.parquet"))
+    assert data < sum(sizes.values()) < 1.3 * data and not [path for path in sizes if path.suffix == ".arrow"]
+
+
+def test_hf_download_gives_a_folder_to_train_on(tmp_path):
+    """The command of docs/streaming.md, of another dataset into another folder."""
+    folder = tmp_path / "served" / "datasets" / "some" / "one"
+    write_parquet(folder / "data" / "train-0.parquet", "train", range(20), rows=10)
+    (folder / "README.md").write_text("nothing to train on")
+    words = re.search(r"^hf (download ILSVRC/.*)$", (ROOT / "docs" / "streaming.md").read_text(), re.MULTILINE)[1]
+    words = words.replace("ILSVRC/imagenet-1k", "some/one").replace("/scratch/imagenet", str(tmp_path / "here"))
+    with serving(tmp_path / "served") as hub:
+        environment = {"HF_HOME": str(tmp_path / "home")} | hub.environment
+        hf = Path(sys.executable).with_name("hf")
+        done = subprocess.run([hf, *shlex.split(words)], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images, _ = load_splits(str(tmp_path / "here"))
+    assert len(images) == 20 and images.traffic.totals()[0] == 0
 
 
 def test_other_files_on_the_hub_are_downloaded_and_this_is_said(tmp_path):

@@ -1,0 +1,176 @@
+"""Bytes from the Hub: addresses that are shared and end, limits, refusals, wrong answers. pytest tests/test_hub.py
+
+"Before" is how each row group was once read: through an address with /resolve/ in it.
+"""
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from conftest import write_parquet
+from hub import TOKEN, serving
+
+from moco.batches import stop_workers, train_batches
+from moco.errors import UserError
+from moco.hub import Traffic, address_end, read_range
+from moco.stream import ParquetImages, read_footer
+
+FILES, FORK = 24, multiprocessing.get_context("fork")
+PATHS = [f"hf://datasets/some/many@abc/train-{file:02}.parquet" for file in range(FILES)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """24 files of two row groups of ten images; links to one file."""
+    root = tmp_path_factory.mktemp("served") / "datasets" / "some" / "many"
+    write_parquet(root / "train-00.parquet", "train", range(20), rows=10)
+    for file in range(1, FILES):
+        os.link(root / "train-00.parquet", root / f"train-{file:02}.parquet")
+    return root
+
+
+@pytest.fixture
+def hub(folder, monkeypatch):
+    with serving(folder.parents[2]) as server:
+        server.here(monkeypatch, TOKEN)
+        yield server
+        assert not server.leaked  # no token leaves the Hub, whatever happens there
+    shutil.rmtree(server.root / "HF_ASSETS_CACHE", ignore_errors=True)
+
+
+def read_epochs(paths, rank, epochs, both, send):
+    """One of two processes, with four workers: send a digest of its pixels, and what it read."""
+    both.wait()  # to fork while the server hashes for the other one could leave a lock of OpenSSL's locked
+    traffic = Traffic()
+    # By no pool of threads: one that still ends while workers fork could leave them a lock of OpenSSL's locked.
+    images = ParquetImages(paths, [read_footer(paths[0], traffic)] * FILES, "image", "label", traffic)
+    rows = itertools.islice(images.training_rows(24, 0, 0, rank, 2, 4, 10), epochs * 20)
+    digest = hashlib.sha256()
+    try:
+        for views, _ in train_batches(images, 16, 0, "v2", rows, 4):
+            digest.update(views.numpy().tobytes())
+    finally:
+        stop_workers()  # they ignore the first signal to end
+    send.send((digest.hexdigest(), dict(zip(Traffic.NAMES, traffic.totals(), strict=True))))
+
+
+def two_processes(paths, epochs):
+    """Digests of two processes that read at once, and the sum of what they read."""
+    ends, both = [FORK.Pipe(duplex=False) for _ in range(2)], FORK.Barrier(2)
+    processes = [
+        FORK.Process(target=read_epochs, args=(paths, rank, epochs, both, send)) for rank, (_, send) in enumerate(ends)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
+    digests, read = zip(*(receive.recv() for receive, _ in ends))
+    return digests, sum(map(Counter, read), Counter())
+
+
+@pytest.fixture(scope="module")
+def digests(folder):
+    return two_processes([str(path) for path in sorted(folder.iterdir())], 2)[0]
+
+
+def test_two_processes_with_four_workers_resolve_each_file_once(hub, digests):
+    found, read = two_processes(PATHS, 2)
+    assert found == digests and len(hub.resolves()) == FILES == read["resolves"] and not read["refused"]
+    assert len(hub.reads) >= 2 + 2 * 2 * FILES  # footers, and row groups of two epochs: before, as many resolves
+
+
+def test_addresses_are_renewed_before_they_end_by_one_for_all(hub):
+    """An hour is three seconds here, and the run takes more than one."""
+    hub.life, hub.latency = 3, 0.15
+    _, read = two_processes(PATHS, 8)
+    assert hub.resolved[-1][0] - hub.resolved[0][0] > 3 and not read["refused"]
+    assert len(hub.reads) > 7 * len(hub.resolved)
+    for file in {file for _, file in hub.resolved}:
+        times = [when for when, resolved in hub.resolved if resolved == file]
+        assert all(later - earlier > 0.9 * hub.life for earlier, later in itertools.pairwise(times))
+
+
+def test_a_limit_of_resolves_is_waited_for(hub, digests):
+    hub.limit = (10, 2)
+    found, read = two_processes(PATHS, 2)
+    assert found == digests and read["resolves"] == len(hub.resolved) == FILES and hub.limited > 0
+    windows = Counter(int(when / 2) for when, _ in hub.resolved)
+    assert max(windows.values()) <= 10
+
+
+def test_addresses_refused_before_their_end_are_asked_for_once_more(hub, digests):
+    hub.latency = 0.05
+    refused = threading.Timer(1.5, hub.revoke)
+    refused.start()
+    found, read = two_processes(PATHS, 2)
+    assert found == digests and 0 < read["refused"]
+    assert FILES < len(hub.resolves()) <= FILES + min(FILES, read["refused"])
+
+
+def test_wrong_answers_cost_a_resolve_each(hub, digests):
+    faults = ["other range", "whole", 416, "truncate", 403, "other range"]
+    hub.faults = [None, None, *(fault for fault in faults for fault in (None, fault))]
+    found, read = two_processes(PATHS, 2)
+    assert found == digests and not hub.faults and 0 < read["refused"] <= len(faults)  # some after another
+    assert len(hub.resolves()) <= FILES + len(faults)
+
+
+def test_a_host_that_goes_on_refusing_is_asked_again_after_growing_waits(hub, monkeypatch):
+    hub.faults = [403, 416, "other range"]
+    data, size = read_range(PATHS[0], 0, 100, Traffic())
+    assert len(data) == 100 and size > 100 and len(hub.resolves()) == 4  # 0, 1 and 2 seconds later
+    hub.faults = [416, 416, "other range"]
+    monkeypatch.setattr("moco.hub.RETRIES", 1)
+    with pytest.raises(UserError, match="cannot be read .*bytes 1 to 100 in answer to 0 to 100"):
+        read_range(PATHS[1], 0, 100, Traffic())
+
+
+def test_a_refusal_by_the_hub_is_none_of_an_address(hub):
+    """403 from the host of an address asks for another one; from the Hub it is the end."""
+    read_range(PATHS[0], 0, 100, Traffic())
+    hub.faults, hub.refusals = [403], [403]
+    with pytest.raises(UserError, match="accept the dataset's terms"):
+        read_range(PATHS[0], 0, 100, Traffic())
+    assert len(hub.resolves()) == 2
+
+
+def test_a_file_that_the_hub_serves_itself_and_one_of_a_renamed_repository(hub):
+    (hub.root / "datasets" / "some" / "more").mkdir(exist_ok=True)
+    (hub.root / "datasets" / "some" / "more" / "small.bin").write_bytes(bytes(range(100)))
+    for _ in range(2):
+        assert read_range("hf://datasets/some/more@abc/small.bin", -10, None, Traffic()) == (bytes(range(90, 100)), 100)
+    assert [method for method, path, _ in hub.requests if "/resolve/" in path] == ["HEAD", "GET", "GET"]
+    hub.renamed["old/many"] = "some/many"
+    old, new = (read_range(path, 0, 9, Traffic()) for path in (PATHS[0].replace("some/many", "old/many"), PATHS[0]))
+    assert old == new
+
+
+def test_a_process_killed_while_it_resolves_leaves_the_others_their_turn(hub):
+    hub.latency = 2
+    first = FORK.Process(target=read_range, args=(PATHS[0], 0, 100, Traffic()))
+    first.start()
+    while not hub.resolves():
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    hub.latency = 0
+    assert len(read_range(PATHS[0], 0, 100, Traffic())[0]) == 100 and len(hub.resolves()) == 2
+
+
+def test_when_an_address_ends():
+    expiring = "https://cdn.example/file?X-Amz-Date=20250102T030405Z&X-Amz-Expires=3600&X-Amz-Signature=0"
+    assert address_end(expiring, served=0) == 1735787045 + 3600
+    assert address_end("https://cdn.example/file?Expires=1735790000&Signature=0", served=0) == 1735790000
+    assert address_end("https://cdn.example/file", served=50) == 50 + 3600
+    assert address_end("https://cdn.example/file?Expires=soon", served=50) == 50 + 3600
