@@ -83,7 +83,7 @@ def commands(row, flags, seed, size, longer, folder):
     resume = ["--resume"] if any(folder.glob("checkpoints/step_*/state.json")) else []
     probe = ["linear_probe.py", "--data", size["data"], "--seed", str(seed), "--knn", "200", "--workers", "1"]
     if size["data"] != "shapes":
-        probe += ["--image-size", "32", "--epochs", "10"]
+        probe += ["--image-size", "32", "--epochs", "10", "--cached-features"]
     probe += ["--output", str(folder / "linear_probe")]
     probe += ["--resume"] if any(folder.glob("linear_probe/checkpoints/step_*/state.json")) else []
     if row == "random":

@@ -43,7 +43,7 @@ from benchmarks.data_path import standard_transform
 from moco.encoder import build_encoder
 
 ROOT = Path(__file__).parent.parent
-IMAGES, EPOCHS, BATCH = 20_000, 12, 128
+IMAGES, EPOCHS, BATCH = 10_000, 12, 128
 SIZE, QUEUE, MOMENTUM, TEMPERATURE, LR = 32, 4096, 0.99, 0.2, 0.03
 SIDES = {"official": "the official code", "same blur": "ours, with its blur", "ours": "ours"}
 

@@ -1,7 +1,4 @@
-"""Every command in the README and docs names what is there, with flags that its script knows.
-
-pytest tests/test_readme.py
-"""
+"""Every command in README.md and docs/ names what is there, with flags that its script knows; links lead somewhere."""
 
 import importlib
 import re
@@ -16,11 +13,12 @@ from conftest import ROOT
 
 from moco.errors import UserError
 
+PAGES = [ROOT / "README.md", ROOT / "EXPERIMENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-def readme_commands():
-    """The commands of all bash blocks, each as its words, without comments and environment variables."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+
+def commands(page):
+    """The commands of all bash blocks of a page, each as its words, without comments and environment variables."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
     text = "\n".join(blocks).replace("\\\n", " ").replace("$RANK", "1")
     commands = [shlex.split(part) for line in text.splitlines() for part in line.split(" # ")[0].split("&&")]
     return [words[1:] if re.match(r"[A-Z_]+=", words[0]) else words for words in commands if words]
@@ -48,8 +46,8 @@ def parse(script, flags, monkeypatch, processes=1):
         module.check_args(args, processes, *(["cuda"] if script == "train_moco.py" else []))
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_a_command_of_the_readme_parses(words, monkeypatch):
+@pytest.mark.parametrize("words", [words for page in PAGES for words in commands(page)], ids=" ".join)
+def test_a_command_of_the_pages_parses(words, monkeypatch):
     program, *rest = words
     if program == "pip":
         assert rest[:2] == ["install", "-r"] and (ROOT / rest[2]).exists()
@@ -65,12 +63,20 @@ def test_a_command_of_the_readme_parses(words, monkeypatch):
         parse(rest[1], rest[2:], monkeypatch)
     elif program == "python":
         parse(rest[0], rest[1:], monkeypatch)
-    elif program == "hf":  # run by test_stream.py
-        assert rest[:2] == ["download", "ILSVRC/imagenet-1k"]
     else:
-        assert program == "pytest" and rest in ([], ["-m", "slow"])
+        assert program in ("hf", "git", "export") or (program == "pytest" and rest in ([], ["-m", "slow"]))
 
 
 def test_the_readme_has_commands_for_every_script():
-    scripts = {word for words in readme_commands() for word in words if word.endswith(".py")}
+    scripts = {word for words in commands(ROOT / "README.md") for word in words if word.endswith(".py")}
     assert {path.name for path in ROOT.glob("*.py")} <= scripts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
