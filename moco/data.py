@@ -268,7 +268,7 @@ def print_costs(train, test, cache):
         print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
 
 
-def check_hub_name(name, downloads):
+def check_hub_name(name, downloads=None):
     """Whether the Hub has to be asked for a name; False if it does not answer and `downloads` lists what is here.
 
     Raises UserError at once for a name that the Hub does not have, and if it does not answer and nothing is here.
@@ -283,7 +283,7 @@ def check_hub_name(name, downloads):
             f" the name, or if it is private or gated accept its terms on the Hub and run `hf auth login`"
         ) from error
     except Exception as error:  # no network, no answer, offline mode: each client library has its own exceptions
-        if downloads.exists():
+        if downloads and downloads.exists():
             return False
         try:
             datasets.load.CachedDatasetModuleFactory(name).get_module()

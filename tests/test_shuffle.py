@@ -53,6 +53,7 @@ def test_images_exchanged_in_half_precision_give_the_keys_of_autocast():
     assert keys.equal(F.normalize(expected.float(), dim=1))
 
 
+@pytest.mark.slow
 def test_bytes_that_processes_exchange_are_those_computed():
     """Counted in the collectives of fifty steps on two processes: the images that change place, one gather of keys."""
     done = run_script("benchmarks/traffic.py", processes=2)
