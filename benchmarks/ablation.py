@@ -24,16 +24,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch.nn.functional as F
-from accelerate import Accelerator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.backbone import load_backbone
-from moco.data import load_splits
-from moco.decode import decode_image
-from moco.knn import extract_features
-from moco.report import save_neighbours
 from moco.shapes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parent.parent
@@ -142,24 +135,6 @@ def draw(path, rows, found, seeds):
     figure.savefig(path, dpi=110)
 
 
-def draw_neighbours(path, folders, arch, queries=8, count=5):
-    """Nearest test images of the first of each class, under the backbone of each row: {row: its run folder}."""
-    accelerator = Accelerator()
-    _, test_set = load_splits("shapes")
-    labels = test_set.dataset["label"]
-    asked = [labels.index(label) for label in range(queries)]
-    images = [decode_image(record) for record in test_set.dataset["image"]]
-    found = {}
-    for row, folder in folders.items():
-        backbone = load_backbone("random", arch)[0] if row == "random" else load_backbone(folder)[0]
-        backbone = backbone.eval().to(accelerator.device)
-        features, _, _ = extract_features(backbone, test_set, range(len(test_set)), 32, 0, accelerator)
-        features = F.normalize(features, dim=1)
-        nearest = (features[asked] @ features.T).topk(count + 1, dim=1).indices[:, 1:].tolist()  # without itself
-        found[row] = [[(images[i], labels[i] == labels[q]) for i in row] for q, row in zip(asked, nearest)]
-    save_neighbours(path, [images[q] for q in asked], found)
-
-
 def save_contact_sheet(path, columns=12):
     """The built-in data: a row a class, the first `columns` test images of each."""
     rows = [[] for _ in CLASSES]
@@ -214,11 +189,8 @@ def main():
     draw(output / f"{name}.png", rows, found, args.seeds)
     print(f"\n{output / f'{name}.png'}")
     if name == "ablation" and size["data"] == "shapes" and not args.rows:
-        shown = ("random", "v1", "v2", "SimCLR, batch 128")
-        of_first_seed = {row: folder for (row, _, seed), folder in zip(jobs, folders) if seed == args.seeds[0]}
-        draw_neighbours(output / "neighbours.png", {row: of_first_seed[row] for row in shown}, size["arch"])
         save_contact_sheet(output / "shapes.png")
-        print(output / "neighbours.png", output / "shapes.png", sep="\n")
+        print(output / "shapes.png")
 
 
 if __name__ == "__main__":

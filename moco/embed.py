@@ -29,12 +29,12 @@ def embed(source, data, target, workers=2):
     backbone, known = load_backbone(source)
     backbone = backbone.eval().to(accelerator.device)
     images, _ = load_splits(data)
-    has_label, size = "label" in images.column_names, known.get("image_size", 224)
-    features, labels, failed = extract_features(backbone, images, range(len(images)), size, workers, accelerator)
+    rows, has_label, size = range(len(images)), "label" in images.column_names, known.get("image_size", 224)
+    features, labels, failed = extract_features(backbone, images, rows, size, workers, accelerator)
     name_undecodable(failed, set(), accelerator, "the feature of its neighbour stands in its place")
-    rows = [images[row] for row in range(len(images))]
-    columns = {"file": [name_of(values, row) for row, values in enumerate(rows)]}
-    columns |= {"label": [values["label"] for values in rows]} if has_label else {}
+    known_of = ((name_of(values, row), values.get("label")) for row, values in enumerate(map(images.__getitem__, rows)))
+    files, own_labels = zip(*known_of)  # an undecodable image keeps its own label
+    columns = {"file": files} | ({"label": own_labels} if has_label else {})
     columns["feature"] = pa.FixedSizeListArray.from_arrays(features.flatten().cpu().numpy(), features.shape[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), target)
@@ -49,4 +49,4 @@ def save_neighbours_of(images, features, labels, path, queries=8, count=6):
         [(read_image(images, i)[0], labels is None or bool(labels[i] == labels[query])) for i in row]
         for query, row in zip(asked, nearest)
     ]
-    save_neighbours(path, [read_image(images, query)[0] for query in asked], {"nearest neighbours": found})
+    save_neighbours(path, [read_image(images, query)[0] for query in asked], found)

@@ -160,29 +160,26 @@ def annotated(image, boxes, labels, names, masks=None, side=360):
 
 
 def save_neighbours(path, queries, found):
-    """The nearest neighbours of some images under several backbones: a row a query, a block of columns a backbone.
+    """Some images, each with its nearest neighbours beside it.
 
-    queries: images, (H, W, 3) arrays. found: {name of a backbone: for each query [(image, whether of its class), ...]}.
-    Neighbours of another class have a red frame.
+    queries: images, (H, W, 3) arrays. found: for each query [(image, whether of its class), ...]; neighbours of another
+    class have a red frame.
     """
-    columns = max(len(row) for rows in found.values() for row in rows)
-    widths = [1, *[0.4, *[1] * columns] * len(found)]
-    size = (0.55 * sum(widths), 0.6 * len(queries) + 0.5)
+    columns = max(map(len, found))
+    size = (0.55 * (columns + 1.4), 0.6 * len(queries) + 0.5)
+    widths = [1, 0.4, *[1] * columns]
     figure, axes = plt.subplots(len(queries), len(widths), figsize=size, width_ratios=widths, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for row, query in zip(axes, queries, strict=True):
-        row[0].imshow(query)
     axes[0, 0].set_title("query", fontsize=9)
-    for block, (name, rows) in enumerate(found.items()):
-        first = 2 + block * (columns + 1)
-        axes[0, first].set_title(name, fontsize=9, loc="left")
-        for row, neighbours in zip(axes[:, first:], rows, strict=True):
-            for ax, (image, right) in zip(row, neighbours):
-                ax.imshow(image)
-                if not right:
-                    side = len(image)
-                    frame = plt.Rectangle((-0.5, -0.5), side, side, fill=False, edgecolor="red", linewidth=3)
-                    ax.add_patch(frame)
+    axes[0, 2].set_title("nearest neighbours", fontsize=9, loc="left")
+    for row, query, neighbours in zip(axes, queries, found, strict=True):
+        row[0].imshow(query)
+        for ax, (image, right) in zip(row[2:], neighbours):
+            ax.imshow(image)
+            if not right:
+                side = len(image)
+                frame = plt.Rectangle((-0.5, -0.5), side, side, fill=False, edgecolor="red", linewidth=3)
+                ax.add_patch(frame)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
