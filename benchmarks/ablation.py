@@ -35,7 +35,7 @@ SIZES = {  # jobs: runs at a time
     "cpu": SHAPES,
     "gpu": SHAPES | {"arch": "resnet18", "epochs": 100, "flags": "--workers 4", "jobs": 3},
     "photographs": {
-        "data": "runs/fashion-mnist", "arch": "resnet10", "epochs": 6, "jobs": 2,
+        "data": "runs/fashion-mnist", "arch": "resnet10", "epochs": 4, "jobs": 2,
         "flags": "--image-size 32 --batch-size 128 --bn-batch 64 --queue-size 4096 --encoder-momentum 0.99 --workers 1"
         " --shuffle-window 20000 --checkpoint-every 500",
         "rows": ("random", "v1", "v2", "v2, longer", "supervised"),
