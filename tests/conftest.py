@@ -16,11 +16,10 @@ for name in list(os.environ):
     ):
         del os.environ[name]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process and two are compared on the same device
-os.environ["OMP_NUM_THREADS"] = "1"  # another number of threads sums in another order
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; another number of threads sums in another order
 
 import datasets
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 
 from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
@@ -28,7 +27,6 @@ from moco.errors import one_line_errors
 from moco.shapes import CLASSES, draw_scene, encode_jpeg
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +83,20 @@ def write_parquet(path, split, numbers, rows):
     labels = [int(labels[0]) for _, labels, _ in scenes]
     part = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
     part.to_parquet(path, batch_size=rows)
+
+
+def write_three_files(folder):
+    """Three parquet files of 25 images in row groups of 10, 10 and 5."""
+    for file in range(3):
+        write_parquet(folder / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
+
+
+@pytest.fixture(scope="module")
+def parquet_folder(tmp_path_factory):
+    """The folder of `write_three_files`, where `hub.serving` finds it as the dataset some/one."""
+    root = tmp_path_factory.mktemp("served") / "datasets" / "some" / "one"
+    write_three_files(root)
+    return root
 
 
 def refusal(script, argv, monkeypatch, capsys):

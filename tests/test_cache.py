@@ -10,7 +10,7 @@ import time
 from collections import namedtuple
 
 import pytest
-from conftest import assert_same_run, is_time, metrics_of, run_script, start_script, wait_for_step, write_parquet
+from conftest import assert_same_run, is_time, metrics_of, run_script, start_script, wait_for_step
 from hub import serving
 
 from moco.batches import train_batches
@@ -25,19 +25,10 @@ PATHS = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in ran
 FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Three files of 25 images in row groups of 10, 10 and 5."""
-    root = tmp_path_factory.mktemp("served") / "datasets" / "some" / "one"
-    for file in range(3):
-        write_parquet(root / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
-    return root
-
-
 @pytest.fixture
-def hub(folder, monkeypatch):
-    """A server of `folder` as some/one."""
-    with serving(folder.parents[2]) as server:
+def hub(parquet_folder, monkeypatch):
+    """A server of the files in `parquet_folder` as some/one."""
+    with serving(parquet_folder.parents[2]) as server:
         server.here(monkeypatch)
         yield server
     shutil.rmtree(server.root / "HF_ASSETS_CACHE", ignore_errors=True)
@@ -45,6 +36,12 @@ def hub(folder, monkeypatch):
 
 def images_of(paths, cache=None, label="label"):
     return ParquetImages(paths, read_footers(paths, Traffic()), "image", label, Traffic(), cache)
+
+
+@pytest.fixture
+def local(parquet_folder):
+    """The images that `hub` serves, from their files."""
+    return images_of([str(path) for path in sorted(parquet_folder.iterdir())])
 
 
 def epoch_of(images, epoch):
@@ -66,11 +63,8 @@ def kept(cache):
 # ---- what is read again
 
 
-def test_the_second_epoch_asks_the_network_for_nothing(hub, folder, tmp_path):
-    images, local = (
-        images_of(PATHS, RowGroupCache(tmp_path)),
-        images_of([str(path) for path in sorted(folder.iterdir())]),
-    )
+def test_the_second_epoch_asks_the_network_for_nothing(hub, local, tmp_path):
+    images = images_of(PATHS, RowGroupCache(tmp_path))
     assert same(epoch_of(images, 0), epoch_of(local, 0)) and len(hub.reads) == 3 + 9
     asked = (len(hub.reads), len(hub.requests))
     assert same(epoch_of(images, 1), epoch_of(local, 1)) and (len(hub.reads), len(hub.requests)) == asked
@@ -101,8 +95,8 @@ def test_without_a_limit_a_tenth_of_the_disk_stays_free(hub, tmp_path, monkeypat
     assert len(kept(images.cache)) == 1
 
 
-def test_files_on_this_disk_are_not_kept_again(folder, tmp_path):
-    images = images_of([str(path) for path in sorted(folder.iterdir())], RowGroupCache(tmp_path))
+def test_files_on_this_disk_are_not_kept_again(local, tmp_path):
+    images = images_of(local.paths, RowGroupCache(tmp_path))
     assert images[0] and not kept(images.cache)
 
 
@@ -150,10 +144,9 @@ def read_all(paths, folder, limit, both, send):
     send.send([images[row]["label"] for row in range(75)])
 
 
-def test_two_runs_share_a_folder_and_its_limit(hub, folder, tmp_path):
+def test_two_runs_share_a_folder_and_its_limit(hub, local, tmp_path):
     """Both read the same row groups at the same time."""
     hub.latency = 0.05
-    local = images_of([str(path) for path in sorted(folder.iterdir())])
     limit = images_of(PATHS).epoch_bytes() * 0.8
     ends, both = [FORK.Pipe(duplex=False) for _ in range(2)], FORK.Barrier(2)
     processes = [FORK.Process(target=read_all, args=(PATHS, tmp_path, limit / 1e9, both, send)) for _, send in ends]
@@ -189,11 +182,8 @@ def test_processes_that_write_at_once_spoil_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "empty", "longer"])
-def test_a_damaged_file_is_read_anew_and_said_once(hub, folder, tmp_path, capfd, damage):
-    images, local = (
-        images_of(PATHS, RowGroupCache(tmp_path)),
-        images_of([str(path) for path in sorted(folder.iterdir())]),
-    )
+def test_a_damaged_file_is_read_anew_and_said_once(hub, local, tmp_path, capfd, damage):
+    images = images_of(PATHS, RowGroupCache(tmp_path))
     expected = [local[row] for row in range(75)]
     assert [images[row] for row in range(75)] == expected
     path = images.cache.path_of(PATHS[1], "00001-image-label")
@@ -208,12 +198,9 @@ def test_a_damaged_file_is_read_anew_and_said_once(hub, folder, tmp_path, capfd,
     assert capfd.readouterr().err.count(f"{path} is damaged, and read anew") == 1
 
 
-def test_a_full_disk_is_said_once_and_the_data_read_without_it(hub, folder, tmp_path, capfd):
+def test_a_full_disk_is_said_once_and_the_data_read_without_it(hub, local, tmp_path, capfd):
     (tmp_path / ".partial").symlink_to("/dev/full")
-    images, local = (
-        images_of(PATHS, RowGroupCache(tmp_path)),
-        images_of([str(path) for path in sorted(folder.iterdir())]),
-    )
+    images = images_of(PATHS, RowGroupCache(tmp_path))
     for epoch in range(2):
         assert same(epoch_of(images, epoch), epoch_of(local, epoch))
     said = [line for line in capfd.readouterr().err.splitlines() if "cannot be written" in line]
@@ -279,7 +266,7 @@ def test_a_run_says_what_it_reads_from_where_and_the_probe_reads_the_same_cache(
 
 
 @pytest.mark.slow
-def test_two_processes_killed_twice_with_a_cache_are_the_run_without_one(hub, folder, tmp_path):
+def test_two_processes_killed_twice_with_a_cache_are_the_run_without_one(hub, parquet_folder, tmp_path):
     flags = [*RUN, "--epochs", 5, "--checkpoint-every", 3]
     output, environment = tmp_path / "run", environment_of(hub, tmp_path)
     for step, resume in ((3, []), (9, ["--resume"])):
@@ -292,7 +279,7 @@ def test_two_processes_killed_twice_with_a_cache_are_the_run_without_one(hub, fo
             process.communicate()
     done = run_script("train_moco.py", "--output", output, "--resume", processes=2, **environment)
     assert done.returncode == 0, done.stderr
-    plain = ("train_moco.py", "--data", folder, "--output", tmp_path / "plain", *flags)
+    plain = ("train_moco.py", "--data", parquet_folder, "--output", tmp_path / "plain", *flags)
     done = run_script(*plain, processes=2, **environment)
     assert done.returncode == 0, done.stderr
     assert len(metrics_of(output)) == 20

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, run_script, write_parquet
+from conftest import ROOT, run_script, write_parquet, write_three_files
 from hub import COMMIT, TOKEN, serving
 
 from moco.backbone import load_backbone
@@ -29,15 +29,6 @@ from moco.shapes import draw_scene, encode_jpeg
 from moco.stream import ParquetImages, read_footer, read_footers, stream_rows
 
 GROUPS = np.array([7, 10, 10, 3, 10, 10, 6, 10, 10, 10, 1, 10, 10, 4])  # rows: 111
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Three files of 25 images in row groups of 10, 10 and 5."""
-    root = tmp_path_factory.mktemp("served") / "datasets" / "some" / "one"
-    for file in range(3):
-        write_parquet(root / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
-    return root
 
 
 def epoch_of_rows(start, steps, world, workers, seed=0, window=20, batch_size=8):
@@ -96,8 +87,8 @@ def test_a_batch_names_the_groups_of_its_rows():
         assert {int(np.searchsorted(ends, row, "right")) for _, row in batch} <= set(groups)
 
 
-def test_a_stream_holds_the_rows_of_the_files(folder):
-    train_set, test_set = load_splits(str(folder))
+def test_a_stream_holds_the_rows_of_the_files(parquet_folder):
+    train_set, test_set = load_splits(str(parquet_folder))
     assert len(train_set) == 75 and test_set is None and train_set.column_names == ["image", "label"]
     for row in (0, 9, 10, 24, 25, 74):
         image, labels, _ = draw_scene("train", row)
@@ -108,9 +99,9 @@ def test_a_stream_holds_the_rows_of_the_files(folder):
     assert len(set(sample)) == 12 and sample == train_set.sample(12)
 
 
-def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(folder):
+def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(parquet_folder):
     def pixels(start, workers):
-        images, _ = load_splits(str(folder))
+        images, _ = load_splits(str(parquet_folder))
         rows = images.training_rows(8, 0, start, 0, 1, workers, 20)
         batches = train_batches(images, 16, 0, "v2", rows, workers)
         return [next(batches)[0] for _ in range(start, 12)]
@@ -121,8 +112,8 @@ def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(fold
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 4), (2, 3), (4, 5), (20, 2)])
-def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(folder, world, workers):
-    images, _ = load_splits(str(folder))
+def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(parquet_folder, world, workers):
+    images, _ = load_splits(str(parquet_folder))
     for rows in (range(75), [30, 31, 32, 5, 6, 70], []):
         found, readers = {}, {}
         for rank, (low, mine) in enumerate(images.split(rows, world)):
@@ -136,9 +127,9 @@ def test_in_order_each_row_comes_once_and_each_row_group_is_read_by_one_worker(f
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_features_of_a_stream_are_those_of_single_rows(folder, workers, tmp_path):
-    images, _ = load_splits(str(folder))
-    datasets.load_dataset(str(folder), cache_dir=tmp_path / "cache").save_to_disk(tmp_path / "saved")
+def test_features_of_a_stream_are_those_of_single_rows(parquet_folder, workers, tmp_path):
+    images, _ = load_splits(str(parquet_folder))
+    datasets.load_dataset(str(parquet_folder), cache_dir=tmp_path / "cache").save_to_disk(tmp_path / "saved")
     plain, _ = load_splits(str(tmp_path / "saved"))
     assert isinstance(plain, IndexedImages)
     backbone, rows = load_backbone("random", "resnet10")[0].eval(), [30, 31, 32, 5, 6, 70, 71]
@@ -148,15 +139,15 @@ def test_features_of_a_stream_are_those_of_single_rows(folder, workers, tmp_path
     assert labels.equal(expected_labels)
 
 
-def test_selected_row_groups_are_a_stream_of_their_own(folder):
-    images, _ = load_splits(str(folder))
+def test_selected_row_groups_are_a_stream_of_their_own(parquet_folder):
+    images, _ = load_splits(str(parquet_folder))
     part = images.select_groups([4, 1])
     assert len(part) == 20 and [part[i] for i in (0, 19)] == [images[i] for i in (10, 44)]
     assert part.fingerprint() != images.fingerprint() and len(images) == 75
 
 
-def test_labels_are_told_by_the_footers_or_counted_on_disk(folder, tmp_path, monkeypatch):
-    images, _ = load_splits(str(folder))
+def test_labels_are_told_by_the_footers_or_counted_on_disk(parquet_folder, tmp_path, monkeypatch):
+    images, _ = load_splits(str(parquet_folder))
     labels = [images[row]["label"] for row in range(75)]
     assert images.label_range() == (0, max(labels))  # from 0 on, whatever the smallest
     columns = {"image": [images[0]["image"]] * 4, "label": [5, None, 3, 9]}
@@ -184,13 +175,13 @@ def test_what_is_no_parquet_file_is_refused(tmp_path):
         read_footer(str(tmp_path / "missing.parquet"), Traffic())
 
 
-def test_a_streamed_run_resumes_in_mid_epoch_and_with_other_workers_at_its_begin(folder, tmp_path):
+def test_a_streamed_run_resumes_in_mid_epoch_and_with_other_workers_at_its_begin(parquet_folder, tmp_path):
     flags = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --mixed-precision no --log-every 1 --epochs 2"
     flags = [*flags.split(), "--batch-size", 16, "--bn-batch", 8, "--knn-every", 0, "--shuffle-window", 20]
     checkpoints = ["--checkpoint-every", 3, "--keep", 9]
 
     def losses(output, *more):
-        done = run_script("train_moco.py", "--data", folder, "--output", output, *flags, *checkpoints, *more)
+        done = run_script("train_moco.py", "--data", parquet_folder, "--output", output, *flags, *checkpoints, *more)
         assert done.returncode == 0, done.stderr
         lines = (output / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines], done.stdout
@@ -211,19 +202,19 @@ def test_a_streamed_run_resumes_in_mid_epoch_and_with_other_workers_at_its_begin
 
 
 @pytest.fixture
-def hub(folder):
-    """A server of the files of `folder` as the dataset some/one."""
-    with serving(folder.parents[2]) as server:
+def hub(parquet_folder):
+    """A server of the files in `parquet_folder` as the dataset some/one."""
+    with serving(parquet_folder.parents[2]) as server:
         yield server
 
 
-def assert_same_rows(hub, folder, faults):
+def assert_same_rows(hub, parquet_folder, faults):
     """Read the whole of some/one, the footers and row groups of the last file with these faults."""
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     footers = read_footers(paths[:2], Traffic())
     hub.faults = list(faults)
     images = ParquetImages(paths, [*footers, read_footer(paths[2], Traffic())], "image", "label", Traffic())
-    local, _ = load_splits(str(folder))
+    local, _ = load_splits(str(parquet_folder))
     assert images.fingerprint() == local.fingerprint()
     assert [images[row] for row in range(75)] == [local[row] for row in range(75)]
     failed = len([fault for fault in faults if fault])
@@ -236,16 +227,16 @@ def assert_same_rows(hub, folder, faults):
     [[], [500], [None, 503, 429], ["503 Retry-After"], ["reset"], [None, "truncate", 502], [403, None, 403, 403],
      ["other range", None, "whole"]],
 )  # fmt: skip
-def test_faults_of_the_server_change_nothing(hub, folder, monkeypatch, faults):
+def test_faults_of_the_server_change_nothing(hub, parquet_folder, monkeypatch, faults):
     """One read a footer and a row group, one resolve a file, and one more of each for a fault."""
     hub.here(monkeypatch, TOKEN)
-    assert_same_rows(hub, folder, faults)
+    assert_same_rows(hub, parquet_folder, faults)
 
 
-def test_a_connection_that_stalls_is_given_up_and_tried_again(hub, folder, monkeypatch):
+def test_a_connection_that_stalls_is_given_up_and_tried_again(hub, parquet_folder, monkeypatch):
     hub.here(monkeypatch)
     monkeypatch.setattr("moco.hub.TIMEOUT", 0.5)
-    assert_same_rows(hub, folder, ["stall", None, "stall"])
+    assert_same_rows(hub, parquet_folder, ["stall", None, "stall"])
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -257,7 +248,7 @@ def test_a_refusal_is_not_tried_again_and_says_what_to_do(hub, monkeypatch, stat
     assert len(hub.resolves()) == 1 and not hub.reads
 
 
-def test_evaluation_asks_for_each_row_group_once(hub, folder, monkeypatch):
+def test_evaluation_asks_for_each_row_group_once(hub, parquet_folder, monkeypatch):
     hub.here(monkeypatch)
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     images = ParquetImages(paths, read_footers(paths, Traffic()), "image", "label", Traffic())
@@ -277,8 +268,8 @@ def run_of(hub, data, output, *flags, processes=1):
     return run_script(*command, processes=processes, **environment)
 
 
-def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, folder, tmp_path):
-    local = run_of(hub, folder, tmp_path / "local")
+def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, parquet_folder, tmp_path):
+    local = run_of(hub, parquet_folder, tmp_path / "local")
     hub.faults = [503, None, "reset", None, None, 429, "truncate", None, "503 Retry-After", None, 403]
     hub.refusals = [503, None, 500]
     remote = run_of(hub, "some/one", tmp_path / "remote", "--revision", "v1.0")
@@ -302,8 +293,7 @@ def test_a_gated_dataset_is_refused_in_one_line(hub, tmp_path):
 def test_files_of_the_hub_are_downloaded_once_and_found_without_it(tmp_path):
     """The files themselves are in huggingface_hub's cache, and nothing of their size beside them."""
     folder = tmp_path / "served" / "datasets" / "some" / "one"
-    for file in range(3):
-        write_parquet(folder / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
+    write_three_files(folder)
     write_parquet(folder / "test-0-of-1.parquet", "test", range(20), rows=10)
     write_parquet(folder / "extra-0-of-1.parquet", "train", range(20), rows=10)
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
