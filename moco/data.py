@@ -140,7 +140,7 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     if cache_gb and not cache:
         raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
     try:
-        splits = find_splits(name, revision, streaming)
+        splits = find_splits(name, here, revision, streaming)
         if isinstance(splits[0], list):
             splits = parquet_splits(name, splits, image_column, label_column, cache, cache_gb)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -169,33 +169,36 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
     return splits
 
 
-def find_splits(name, revision, streaming):
-    """(train, test): each a Hugging Face dataset, a list of paths of parquet files, or None."""
-    folder, on_hub = Path(name), name == "" or not Path(name).is_dir()
+def find_splits(name, here, revision, streaming):
+    """(train, test): each a Hugging Face dataset, a list of paths of parquet files, or None.
+
+    here: whether `name` is a folder; otherwise it is on the Hub, or "shapes".
+    """
     if name == "shapes":
         with PartialState().local_main_process_first():  # drawn once a machine
             return shapes_dataset("train"), shapes_dataset("test")
-    if on_hub and not check_hub_name(name, downloads_of(name, revision)):
-        return json.loads(downloads_of(name, revision).read_text())
+    folder, downloads = Path(name), None if here else downloads_of(name, revision)
+    if not here and not check_hub_name(name, downloads):
+        return json.loads(downloads.read_text())
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         splits = datasets.load_from_disk(name)
-    elif on_hub or not (splits := folder_splits(name)):
+    elif not here or not (splits := folder_splits(name)):
         builder = datasets.load_dataset_builder(name, revision=revision)
         splits = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
         if not splits or not all(path.endswith(".parquet") for path in itertools.chain(*splits.values())):
-            if streaming and on_hub and PartialState().is_main_process:
+            if streaming and not here and PartialState().is_main_process:
                 print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
             with PartialState().local_main_process_first():
                 builder.download_and_prepare()
             splits = builder.as_dataset()
     train, test = train_and_test({"train": splits} if isinstance(splits, datasets.Dataset) else splits)
-    if on_hub and isinstance(train, list):
+    if not here and isinstance(train, list):
         train, test = broadcast_object_list([train, test])  # of one commit, even if there is a newer one by now
         if not streaming:
             with PartialState().local_main_process_first():
                 train, test = download(train), test and download(test)
             if PartialState().is_local_main_process:
-                write_json(downloads_of(name, revision), [train, test])
+                write_json(downloads, [train, test])
     return train, test
 
 

@@ -32,9 +32,12 @@ def embed(source, data, target, workers=2):
     rows, has_label, size = range(len(images)), "label" in images.column_names, known.get("image_size", 224)
     features, labels, failed = extract_features(backbone, images, rows, size, workers, accelerator)
     name_undecodable(failed, set(), accelerator, "the feature of its neighbour stands in its place")
-    known_of = ((name_of(values, row), values.get("label")) for row, values in enumerate(map(images.__getitem__, rows)))
-    files, own_labels = zip(*known_of)  # an undecodable image keeps its own label
-    columns = {"file": files} | ({"label": own_labels} if has_label else {})
+    columns = {name: [] for name in ("file", *(["label"] if has_label else []))}
+    for row in rows:  # once more, because an undecodable image keeps its own name and label
+        values = images[row]
+        columns["file"].append(name_of(values, row))
+        if has_label:
+            columns["label"].append(values["label"])
     columns["feature"] = pa.FixedSizeListArray.from_arrays(features.flatten().cpu().numpy(), features.shape[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), target)
