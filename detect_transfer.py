@@ -6,8 +6,11 @@ accelerate launch detect_transfer.py --data COCO --backbone USER/NAME           
 accelerate launch detect_transfer.py --output RUN/detection --resume             continue where it stopped
 """
 
+import os
 from contextlib import nullcontext
 from itertools import islice
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; keeps CPU threads from blocking each other
 
 import numpy as np
 import torch

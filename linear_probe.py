@@ -7,6 +7,10 @@ accelerate launch linear_probe.py --backbone USER/NAME --cached-features --knn m
 accelerate launch linear_probe.py --output RUN/linear_probe --resume           continue where it stopped
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; keeps CPU threads from blocking each other
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -9,8 +9,11 @@ accelerate launch train_moco.py --recipe simclr        the end-to-end counterpar
 
 import copy
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; keeps CPU threads from blocking each other
 
 import torch
 import torch.nn.functional as F

@@ -63,7 +63,7 @@ def device_in_words(workers):
     words = f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers a process"
     load = os.getloadavg()[0]
     if torch.get_num_threads() > max(1, core_count() - load + 0.5):
-        words += f"; the machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 may be several times as fast"
+        words += f"; the machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 may be faster"
     return words
 
 

@@ -159,6 +159,17 @@ def test_threads_that_the_user_chose_are_told_from_those_of_a_launcher(chosen):
     assert done.stdout == f"{chosen}\n", done.stderr
 
 
+@pytest.mark.parametrize("script", ["train_moco.py", "linear_probe.py", "detect_transfer.py"])
+def test_cpu_threads_sleep_soon_while_they_wait(script):
+    """GNU's OpenMP reads the variable when torch is loaded, and then says what it will do."""
+    if not any("libgomp" in line for line in open("/proc/self/maps")):
+        pytest.skip("this torch has another OpenMP")
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment["OMP_DISPLAY_ENV"] = "verbose"
+    command = [sys.executable, ROOT / script, "--help"]
+    assert "GOMP_SPINCOUNT = '1000'" in subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+
 def test_a_checkpoint_is_due_when_the_last_is_long_ago(start, tmp_path, monkeypatch):
     monkeypatch.setattr("moco.run.CHECKPOINT_SECONDS", 0.5)
     run = start(checkpoint_every=100)
