@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from moco import shapes
 from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
 from moco.batches import LabelledCrops, loader
@@ -56,6 +57,7 @@ def main():
         if step % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.2f}")
     settings = {name: value for name, value in vars(args).items() if name != "output"}
+    settings |= {"data_version": shapes.VERSION} if args.data == "shapes" else {}
     encoder = accelerator.unwrap_model(encoder, keep_torch_compile=False)
     save_backbone(args.output / "backbone", encoder, args.arch, size, "supervised", settings)
 

@@ -5,9 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 from PIL import Image
 
 from moco.augment import AUGMENTATIONS
+from moco.backbone import load_backbone
 from moco.data import load_splits
 from moco.decode import decode_image
 from moco.errors import UserError
@@ -135,3 +137,9 @@ def test_pixels_alone_do_not_tell_the_classes():
     features, labels = pixels("test", 300)
     accuracy = (knn_predict(features, bank, bank_labels, len(CLASSES), k=20).argmax(1) == labels).float().mean().item()
     assert 0.1 < accuracy < 0.6, accuracy
+
+
+def test_the_supervised_backbone_names_the_version_that_it_saw(tmp_path):
+    done = run_script("benchmarks/supervised.py", "--epochs", "0", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_version(load_backbone(tmp_path)[1]["settings"], "shapes")
