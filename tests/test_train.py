@@ -119,7 +119,7 @@ def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_pat
     logged = metrics_of(tmp_path / "run")
 
     torch.manual_seed(0)
-    f = build_encoder("resnet10", dim=16, head="mlp")
+    f = build_encoder("resnet10", dim=16, head="mlp").to(memory_format=torch.channels_last)  # or sums round otherwise
     optimizer = torch.optim.SGD(f.parameters(), lr=0.3 * 16 / 256, momentum=0.9, weight_decay=1e-6)
     images = load_splits(str(folder))[0]
     rows = images.training_rows(16, 0, start=0, rank=0, world=1, workers=0, window=800)
