@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Before any library looks. The caller's settings must not reach the tests, nor the scripts that they start.
 for name in list(os.environ):
-    if name.startswith(("ACCELERATE_", "HF_", "HUGGING_FACE_", "OMP_", "MKL_")) and name not in (
+    if name.startswith(("ACCELERATE_", "HF_", "HUGGING_FACE_", "OMP_", "GOMP_", "MKL_")) and name not in (
         "HF_HOME",
         "HF_XET_CACHE",
     ):

@@ -164,10 +164,7 @@ def test_cpu_threads_sleep_soon_while_they_wait(script):
     """GNU's OpenMP reads the variable when torch is loaded, and then says what it will do."""
     if not any("libgomp" in line for line in open("/proc/self/maps")):
         pytest.skip("this torch has another OpenMP")
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    environment["OMP_DISPLAY_ENV"] = "verbose"
-    command = [sys.executable, ROOT / script, "--help"]
-    assert "GOMP_SPINCOUNT = '1000'" in subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+    assert "GOMP_SPINCOUNT = '1000'" in run_script(script, "--help", OMP_DISPLAY_ENV="verbose").stderr
 
 
 def test_a_checkpoint_is_due_when_the_last_is_long_ago(start, tmp_path, monkeypatch):
