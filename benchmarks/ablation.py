@@ -54,6 +54,15 @@ LADDER = {
     "SimCLR, batch 128": (["--recipe", "simclr"], 61.9),
     "supervised": (None, 76.5),
 }
+GAPS = {  # what each change gains: from one row to another
+    "mlp": ("v1", "v1 + mlp"),
+    "aug": ("v1", "v1 + aug"),
+    "mlp after aug": ("v1 + aug", "v1 + mlp + aug"),
+    "aug after mlp": ("v1 + mlp", "v1 + mlp + aug"),
+    "cosine": ("v1 + mlp + aug", "v2"),
+    "longer": ("v2", "v2, longer"),
+    "MoCo v2 over SimCLR": ("SimCLR, batch 128", "v2"),
+}
 PAPER_TEMPERATURES = {  # ImageNet top-1 of arXiv:2003.04297, table 2
     "mlp": (62.9, 64.9, 66.2, 65.7, 65.0, 64.3),
     "fc": (60.6, 60.7, 59.0, 58.2, 57.2, 56.4),
@@ -120,18 +129,42 @@ def print_table(rows, found, seeds):
         print(f"| {row} | {len(seeds)} | {summary(top1)} | {summary(knn)} | {paper or ''} |")
 
 
+def gaps(rows, found, seeds):
+    """{change: (ours for each seed, the papers')} in points of linear top-1, where both rows were run."""
+    return {
+        change: ([found[to, s]["top1"] - found[start, s]["top1"] for s in seeds], rows[to][1] - rows[start][1])
+        for change, (start, to) in GAPS.items()
+        if start in rows and to in rows
+    }
+
+
+def print_gaps(changes):
+    print("\n| change | gain of each seed | mean | in the papers |")
+    print("|---|---|---|---|")
+    for change, (ours, paper) in changes.items():
+        print(f"| {change} | {', '.join(f'{gain:+.1f}' for gain in ours)} | {summary(ours)} | {paper:+.1f} |")
+
+
 def draw(path, rows, found, seeds):
-    """Ours as dots of each seed, the papers' as hollow squares on an axis of their own."""
-    figure, ours = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    paper = ours.twinx()
-    for x, (row, (_, value)) in enumerate(rows.items()):
-        ours.plot([x] * len(seeds), [found[row, s]["top1"] for s in seeds], "o", color="tab:blue")
-        if value:
-            paper.plot(x + 0.2, value, "s", color="tab:orange", fillstyle="none")
-    ours.set_xticks(range(len(rows)), rows, rotation=30, ha="right")
-    ours.set_ylabel("here, linear top-1, % (dots: a seed each)", color="tab:blue")
-    paper.set_ylabel("ImageNet, in the paper, % (squares)", color="tab:orange")
-    ours.grid(axis="y", alpha=0.3)
+    """Rows, and below them gains: ours as dots of each seed, the papers' as hollow squares on an axis of their own."""
+    accuracies = {row: ([found[row, s]["top1"] for s in seeds], paper) for row, (_, paper) in rows.items()}
+    panels = [panel for panel in (accuracies, gaps(rows, found, seeds)) if panel]
+    figure, axes = plt.subplots(len(panels), figsize=(9, 4.5 * len(panels)), layout="constrained", squeeze=False)
+    for panel, ours in zip(panels, axes.flat, strict=True):
+        paper = ours.twinx()
+        for x, (values, value) in enumerate(panel.values()):
+            ours.plot([x] * len(values), values, "o", color="tab:blue")
+            if value:
+                paper.plot(x + 0.2, value, "s", color="tab:orange", fillstyle="none")
+        ours.set_xticks(range(len(panel)), panel, rotation=30, ha="right")
+        what = "linear top-1, %" if panel is accuracies else "gain in points"
+        ours.set_ylabel(f"here, {what} (dots: a seed each)", color="tab:blue")
+        paper.set_ylabel(f"ImageNet, in the papers, {what} (squares)", color="tab:orange")
+        ours.grid(axis="y", alpha=0.3)
+        if panel is not accuracies:  # one zero for both axes
+            low, high = ours.get_ylim()
+            paper.set_ylim(low / 4, high / 4)
+            ours.axhline(0, color="gray")
     figure.savefig(path, dpi=110)
 
 
@@ -186,6 +219,8 @@ def main():
         for (row, _, seed), result in zip(jobs, tqdm(waiting, unit="run"), strict=True):
             found[row, seed] = result.result()
     print_table(rows, found, args.seeds)
+    if changes := gaps(rows, found, args.seeds):
+        print_gaps(changes)
     draw(output / f"{name}.png", rows, found, args.seeds)
     print(f"\n{output / f'{name}.png'}")
     if name == "ablation" and size["data"] == "shapes" and not args.rows:
