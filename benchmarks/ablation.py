@@ -54,7 +54,7 @@ LADDER = {
     "SimCLR, batch 128": (["--recipe", "simclr"], 61.9),
     "supervised": (None, 76.5),
 }
-GAPS = {  # what each change gains: from one row to another
+CHANGES = {  # what leads from one row to another
     "mlp": ("v1", "v1 + mlp"),
     "aug": ("v1", "v1 + aug"),
     "mlp after aug": ("v1 + aug", "v1 + mlp + aug"),
@@ -129,43 +129,49 @@ def print_table(rows, found, seeds):
         print(f"| {row} | {len(seeds)} | {summary(top1)} | {summary(knn)} | {paper or ''} |")
 
 
-def gaps(rows, found, seeds):
+def gains(rows, found, seeds):
     """{change: (ours for each seed, the papers')} in points of linear top-1, where both rows were run."""
     return {
         change: ([found[to, s]["top1"] - found[start, s]["top1"] for s in seeds], rows[to][1] - rows[start][1])
-        for change, (start, to) in GAPS.items()
+        for change, (start, to) in CHANGES.items()
         if start in rows and to in rows
     }
 
 
-def print_gaps(changes):
+def print_gains(changes):
     print("\n| change | gain of each seed | mean | in the papers |")
     print("|---|---|---|---|")
     for change, (ours, paper) in changes.items():
         print(f"| {change} | {', '.join(f'{gain:+.1f}' for gain in ours)} | {summary(ours)} | {paper:+.1f} |")
 
 
-def draw(path, rows, found, seeds):
-    """Rows, and below them gains: ours as dots of each seed, the papers' as hollow squares on an axis of their own."""
+def draw(path, rows, found, seeds, changes):
+    """Rows, and below them the gains of `changes` if there are any."""
+    count = 2 if changes else 1
+    figure, axes = plt.subplots(count, figsize=(9, 4.5 * count), layout="constrained", squeeze=False)
     accuracies = {row: ([found[row, s]["top1"] for s in seeds], paper) for row, (_, paper) in rows.items()}
-    panels = [panel for panel in (accuracies, gaps(rows, found, seeds)) if panel]
-    figure, axes = plt.subplots(len(panels), figsize=(9, 4.5 * len(panels)), layout="constrained", squeeze=False)
-    for panel, ours in zip(panels, axes.flat, strict=True):
-        paper = ours.twinx()
-        for x, (values, value) in enumerate(panel.values()):
-            ours.plot([x] * len(values), values, "o", color="tab:blue")
-            if value:
-                paper.plot(x + 0.2, value, "s", color="tab:orange", fillstyle="none")
-        ours.set_xticks(range(len(panel)), panel, rotation=30, ha="right")
-        what = "linear top-1, %" if panel is accuracies else "gain in points"
-        ours.set_ylabel(f"here, {what} (dots: a seed each)", color="tab:blue")
-        paper.set_ylabel(f"ImageNet, in the papers, {what} (squares)", color="tab:orange")
-        ours.grid(axis="y", alpha=0.3)
-        if panel is not accuracies:  # one zero for both axes
-            low, high = ours.get_ylim()
-            paper.set_ylim(low / 4, high / 4)
-            ours.axhline(0, color="gray")
+    draw_panel(axes[0, 0], accuracies, "linear top-1, %")
+    if changes:
+        ours = axes[1, 0]
+        paper = draw_panel(ours, changes, "gain in points")
+        low, high = ours.get_ylim()
+        paper.set_ylim(low / 4, high / 4)  # one zero for both axes
+        ours.axhline(0, color="gray")
     figure.savefig(path, dpi=110)
+
+
+def draw_panel(ours, values, what):
+    """{name: (ours, the papers')}: ours as dots of each seed, the papers' as squares on an axis that is returned."""
+    paper = ours.twinx()
+    for x, (seeds, value) in enumerate(values.values()):
+        ours.plot([x] * len(seeds), seeds, "o", color="tab:blue")
+        if value:
+            paper.plot(x + 0.2, value, "s", color="tab:orange", fillstyle="none")
+    ours.set_xticks(range(len(values)), values, rotation=30, ha="right")
+    ours.set_ylabel(f"here, {what} (dots: a seed each)", color="tab:blue")
+    paper.set_ylabel(f"ImageNet, in the papers, {what} (squares)", color="tab:orange")
+    ours.grid(axis="y", alpha=0.3)
+    return paper
 
 
 def save_contact_sheet(path, columns=12):
@@ -219,9 +225,10 @@ def main():
         for (row, _, seed), result in zip(jobs, tqdm(waiting, unit="run"), strict=True):
             found[row, seed] = result.result()
     print_table(rows, found, args.seeds)
-    if changes := gaps(rows, found, args.seeds):
-        print_gaps(changes)
-    draw(output / f"{name}.png", rows, found, args.seeds)
+    changes = gains(rows, found, args.seeds)
+    if changes:
+        print_gains(changes)
+    draw(output / f"{name}.png", rows, found, args.seeds, changes)
     print(f"\n{output / f'{name}.png'}")
     if name == "ablation" and size["data"] == "shapes" and not args.rows:
         save_contact_sheet(output / "shapes.png")
