@@ -8,6 +8,7 @@ import torch
 from conftest import run_script
 from PIL import Image
 
+from benchmarks.features import TARGETS, linear_predict
 from moco.augment import AUGMENTATIONS
 from moco.backbone import load_backbone
 from moco.data import load_splits
@@ -143,3 +144,18 @@ def test_the_supervised_backbone_names_the_version_that_it_saw(tmp_path):
     done = run_script("benchmarks/supervised.py", "--epochs", "0", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     check_version(load_backbone(tmp_path)[1]["settings"], "shapes")
+
+
+def test_what_features_hold_is_found_by_a_linear_classifier_even_in_a_small_direction():
+    labels = torch.arange(400) % len(CLASSES)
+    names = [CLASSES[label].split(" ", 1) for label in labels]
+    assert TARGETS["pattern"][0](labels).tolist() == [PATTERNS.index(pattern) for _, pattern in names]
+    palette = TARGETS["palette"][0](labels)
+    assert palette.tolist() == [list(PALETTES).index(palette) for palette, _ in names]
+    features = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
+    features[:, 3] *= 1e-3
+    features[:, 3] += 2e-3 * (palette - 0.5)
+    bank, queries, bank_labels, asked = features[:300], features[300:], palette[:300], palette[300:]
+    by_knn, by_linear = knn_predict(queries, bank, bank_labels, 2, k=20), linear_predict(queries, bank, bank_labels, 2)
+    assert (by_knn.argmax(1) == asked).float().mean() < 0.65
+    assert (by_linear.argmax(1) == asked).float().mean() > 0.8
