@@ -69,13 +69,17 @@ PAPER_TEMPERATURES = {  # ImageNet top-1 of arXiv:2003.04297, table 2
 }
 
 
+def temperature_row(head, temperature):
+    return f"{head}, T {temperature}"
+
+
 def temperature_rows():
     """v1 with and without the mlp head at each temperature."""
     rows = {}
     for head, papers in PAPER_TEMPERATURES.items():
         for temperature, paper in zip(TEMPERATURES, papers, strict=True):
             flags = ["--recipe", "v1", "--head", head, "--temperature", str(temperature)]
-            rows[f"{head}, T {temperature}"] = (flags, paper)
+            rows[temperature_row(head, temperature)] = (flags, paper)
     return rows
 
 
@@ -174,6 +178,25 @@ def draw_panel(ours, values, what):
     return paper
 
 
+def draw_temperatures(path, found, seeds):
+    """Ours on the left, the paper's on the right: a line for each head over the temperature, a dot for each seed."""
+    figure, (ours, paper) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for head, papers in PAPER_TEMPERATURES.items():
+        runs = {t: [found[temperature_row(head, t), s]["top1"] for s in seeds] for t in TEMPERATURES}
+        (line,) = ours.plot(TEMPERATURES, [mean(top1) for top1 in runs.values()], label=head)
+        for temperature, top1 in runs.items():
+            ours.plot([temperature] * len(top1), top1, "o", color=line.get_color(), alpha=0.6, markersize=4)
+        paper.plot(TEMPERATURES, papers, "s-", fillstyle="none", label=head)
+    ours.set_title("here (lines: means, dots: a seed each)")
+    paper.set_title("ImageNet, in the paper")
+    for ax in (ours, paper):
+        ax.set_xlabel("temperature")
+        ax.set_ylabel("linear top-1, %")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.savefig(path, dpi=110)
+
+
 def save_contact_sheet(path, columns=12):
     """The built-in data: a row a class, the first `columns` test images of each."""
     rows = [[] for _ in CLASSES]
@@ -228,7 +251,10 @@ def main():
     changes = gains(rows, found, args.seeds)
     if changes:
         print_gains(changes)
-    draw(output / f"{name}.png", rows, found, args.seeds, changes)
+    if args.temperatures and not args.rows:
+        draw_temperatures(output / f"{name}.png", found, args.seeds)
+    else:
+        draw(output / f"{name}.png", rows, found, args.seeds, changes)
     print(f"\n{output / f'{name}.png'}")
     if name == "ablation" and size["data"] == "shapes" and not args.rows:
         save_contact_sheet(output / "shapes.png")
