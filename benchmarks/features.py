@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco import shapes
 from moco.backbone import load_backbone
 from moco.data import load_splits
+from moco.errors import one_line_errors
 from moco.knn import default_k, extract_features, knn_predict
 
 PALETTES = len(shapes.PALETTES)  # labels count palettes within patterns
@@ -61,6 +62,7 @@ def main():
     print("|---" * (1 + 2 * len(TARGETS)) + "|")
     for source in args.backbones:
         backbone, known = load_backbone(source, "resnet10" if source == "random" else None, seed=args.seed)
+        shapes.check_version(known.get("settings", {}), "shapes")
         backbone, size = backbone.eval().to(accelerator.device), known.get("image_size", 32)
         (bank, bank_labels, _), (features, labels, _) = (
             extract_features(backbone, split, range(len(split)), size, 1, accelerator) for split in splits
@@ -76,4 +78,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
