@@ -86,28 +86,39 @@ class RowGroupCache:
         """Write bytes to a path if there is room. If the disk cannot be written, say so once and keep nothing more."""
         if self.full.value:
             return
-        partial = self.folder / ".partial"  # one for all who write, so that kills leave no more than one
         try:
             with self.lock():
-                used, size = self.used(), len(data) + 4
-                if path.exists():
-                    return
-                if size > self.room(used):
-                    self.full.value = True
-                    return
-                with partial.open("wb") as file:
-                    file.write(data)
-                    file.write(zlib.crc32(data).to_bytes(4, "little"))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(partial, path)
-                self.sum.write_text(str(used + size))
+                self.write(path, data)
+        except OSError as error:  # of the lock
+            self.give_up(error)
+
+    def write(self, path, data):
+        """What `keep` does once it has the lock."""
+        used, size = self.used(), len(data) + 4
+        if self.full.value or path.exists():  # another process saw to it while this one waited
+            return
+        if size > self.room(used):
+            self.full.value = True
+            return
+        partial = self.folder / ".partial"  # one for all who write, so that kills leave no more than one
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.write(zlib.crc32(data).to_bytes(4, "little"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial, path)
+            self.sum.write_text(str(used + size))
         except OSError as error:
-            with self.full.get_lock():
-                if not self.full.value and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a machine
-                    say(f"{self.folder} cannot be written ({first_line(error)}), so nothing more is kept there")
-                self.full.value = True
+            self.give_up(error)
             with contextlib.suppress(OSError):
                 partial.unlink()
+
+    def give_up(self, error):
+        """Keep nothing from now on, and say why once."""
+        with self.full.get_lock():
+            if not self.full.value and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a machine
+                say(f"{self.folder} cannot be written ({first_line(error)}), so nothing more is kept there")
+            self.full.value = True
 
     def used(self):
         """Bytes in the folder."""
