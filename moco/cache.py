@@ -89,14 +89,14 @@ class RowGroupCache:
         try:
             with self.lock():
                 self.write(path, data)
-        except OSError as error:  # of the lock
+        except OSError as error:  # the folder cannot be locked or counted
             self.give_up(error)
 
     def write(self, path, data):
         """What `keep` does once it has the lock."""
-        used, size = self.used(), len(data) + 4
         if self.full.value or path.exists():  # another process saw to it while this one waited
             return
+        used, size = self.used(), len(data) + 4
         if size > self.room(used):
             self.full.value = True
             return
