@@ -17,28 +17,28 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from moco import flags, shapes
 from moco.backbone import load_backbone, push_loaded
-from moco.batches import loader
-from moco.checkpoint import read_metrics, weights_digest
-from moco.coco import check_pycocotools
-from moco.detection import (
+from moco.backbone.publish import public_name
+from moco.data import shapes
+from moco.data.batches import loader
+from moco.detection.coco import check_pycocotools
+from moco.detection.data import (
     DetectionImages,
     evaluate_detections,
     is_coco,
     load_detection,
     micro_batch_rows,
-    record_fingerprint,
 )
-from moco.detector import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
-from moco.encoder import average_statistics, resnet_names
+from moco.detection.model import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
+from moco.encoder import average_statistics
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, folder, positive, seed
 from moco.jsonfile import write_json
-from moco.launch import core_count, device_in_words, provenance, start_accelerator
-from moco.publish import check_push, public_name
-from moco.report import save_detection_curves, save_detections
-from moco.run import Run
+from moco.run import flags
+from moco.run.checkpoint import read_metrics, weights_digest
+from moco.run.flags import at_least, positive, seed
+from moco.run.launch import device_in_words, provenance, start_accelerator
+from moco.run.pictures import save_detection_curves, save_detections
+from moco.run.run import Run
 from moco.schedule import warmup_step_rate
 
 # The reference's configurations, by the data; each entry is the default of the flag of its name.
@@ -117,13 +117,10 @@ def headline(scores):
 
 def main():
     args = parse_args()
-    accelerator = start_accelerator(args.mixed_precision)
-    args.mixed_precision = accelerator.mixed_precision
+    accelerator = start_accelerator(args)
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
-    if args.push_to_hub and is_main:
-        check_push(args.push_to_hub)
 
     # ---- backbone and data
     with accelerator.local_main_process_first():  # one process a machine downloads, the others find it there
@@ -159,12 +156,10 @@ def main():
     # ---- the run
     if is_main:
         print_settings(args, known["arch"], data, milestones, world)
+    epoch = (len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size  # in steps
     run = Run(
-        args.output, accelerator, {"detector": unwrapped}, optimizer, settings=vars(args), images=len(data.train),
-        batch_size=args.batch_size, total_steps=args.iterations, checkpoint_every=args.checkpoint_every,
-        keep=args.keep, resume=args.resume, evaluate=args.evaluate, backbone_sha256=digest,
-        fingerprint=record_fingerprint(data.train),
-        steps_per_epoch=(len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size,
+        args, accelerator, {"detector": unwrapped}, optimizer, train_images, args.iterations,
+        steps_per_epoch=epoch, backbone_sha256=digest,
     )  # fmt: skip
 
     def micro_batches_from(step):
@@ -233,17 +228,14 @@ def main():
 def parse_args():
     """The flags. Later defaults override earlier ones: those below, then the data's, then the resumed run's."""
     parser = flags.flag_parser("--data DATA --backbone SOURCE [flags]", __doc__.split("\n\n")[0])
-    add = parser.add_argument_group("backbone").add_argument
-    add("--backbone", metavar="SOURCE", help=flags.BACKBONE_HELP)
-    add("--arch", choices=resnet_names(), metavar="ARCH", help="[as the backbone says; random: resnet50]")
-    add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder")
+    flags.add_backbone_flags(parser.add_argument_group("backbone").add_argument)
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a VOCdevkit folder, a COCO folder, USER/NAME on the Hub, or 'shapes' (built in)")
     add("--years", nargs="+", metavar="YEAR", default=["2007", "2012"], help="of VOC, to train on [2007 2012]")
     add("--box-format", choices=("xywh", "xyxy"), default="xywh", help="of boxes from the Hub")
     sides = "short sides, one drawn for each image; tests use the last [480 512 ... 800, COCO: from 640]"
     add("--image-size", type=at_least(32), metavar="PIXELS", nargs="+", help=sides)
-    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
+    flags.add_workers_flag(add)
     add = parser.add_argument_group("detector").add_argument
     add("--bn", choices=("sync", "frozen"), default="sync", help="sync: trained, over all processes")
     add("--micro-batch", type=at_least(1), metavar="N", default=2, help="images in a forward pass of a process")
@@ -259,14 +251,10 @@ def parse_args():
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add("--seed", type=seed, metavar="N", default=0, help="of new weights, order, sizes, flips, regions")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=folder, metavar="RUN", help="run folder [detection/ in the backbone's, or in runs/]")
-    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
+    where = "detection/ in the backbone's, or in runs/"
+    flags.add_run_flags(add, checkpoint_every=1000, log_every=20, default=where)
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(0), metavar="STEPS", default=0, help="0: only at the end [%(default)s]")
-    add("--checkpoint-every", type=at_least(1), metavar="STEPS", default=1000, help="also at the end and on SIGTERM")
-    add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
-    add("--log-every", type=at_least(1), metavar="STEPS", default=20, help="between lines of metrics.jsonl")
-    add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
     given = flags.given_flags(parser)
     parser.set_defaults(**defaults_of(given.data, given.schedule))
@@ -306,7 +294,7 @@ def check_args(args, processes):
         check_pycocotools(args.data)
     elif args.schedule:
         raise UserError(f"--schedule {args.schedule} is for COCO folders, which {args.data} is not; use --iterations")
-    flags.check_output(args.output, args.resume or args.evaluate, args.data)
+    flags.check_output(args)
 
 
 def print_settings(args, arch, data, milestones, processes):

@@ -15,21 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import flags, shapes
 from moco.augment import normalize, to_float
-from moco.backbone import feature_width, load_backbone, push_loaded
-from moco.batches import CachedFeatures, LabelledCrops, loader
-from moco.checkpoint import weights_digest
-from moco.data import batch_rows, count_classes, load_splits
-from moco.decode import check_undecodable, read_image
-from moco.encoder import average_tensors, resnet_names
+from moco.backbone import load_backbone, push_loaded
+from moco.backbone.features import Features
+from moco.backbone.publish import public_name
+from moco.data import shapes
+from moco.data.batches import CachedFeatures, labelled_crops, loader
+from moco.data.decode import check_undecodable
+from moco.data.load import check_trainable, count_classes, load_splits
+from moco.data.order import Order, batch_rows
+from moco.encoder import average_tensors, feature_width
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, below_one, folder, not_negative, positive, seed
 from moco.jsonfile import write_json
-from moco.knn import cache_features, default_k, extract_features, feature_bank, feature_batches, knn_evaluate
-from moco.launch import core_count, device_in_words, provenance, start_accelerator
-from moco.publish import check_push, public_name
-from moco.run import Run
+from moco.knn import default_k, knn_evaluate
+from moco.run import flags
+from moco.run.checkpoint import weights_digest
+from moco.run.flags import at_least, below_one, not_negative, positive, seed
+from moco.run.launch import device_in_words, provenance, start_accelerator
+from moco.run.run import Run
 from moco.schedule import learning_rate
 
 # What --data shapes changes, so that two CPU cores finish in minutes.
@@ -92,38 +95,33 @@ def probe_step(classifiers, optimizer, features, labels, accelerator):
 
 
 @torch.no_grad()
-def evaluate(backbone, classifiers, dataset, size, workers, accelerator):
+def evaluate(features, classifiers, dataset, accelerator):
     """Top-1 and top-5 of each classifier in percent, [[top1, top5], ...], over every image of the dataset, once.
 
-    The processes share the images out and add up counts, so that none is padded or dropped. Also returns this
-    process's undecodable images as (name, reason).
+    features: Features. The processes share the images out and add up counts, so that none is padded or dropped. Also
+    returns this process's undecodable images as (name, reason).
     """
-    _, mine = dataset.split(range(len(dataset)), accelerator.num_processes)[accelerator.process_index]
+    _, mine = features.share(dataset, range(len(dataset)))
     correct = torch.zeros(len(classifiers.heads), 2, dtype=torch.long, device=accelerator.device)
     undecodable = []
-    for _, features, labels, failed in feature_batches(backbone, dataset, mine, size, workers, accelerator):
-        correct += count_correct(classifiers(features), labels)
+    for _, inputs, labels, failed in features.batches(dataset, mine):
+        correct += count_correct(classifiers(inputs), labels)
         undecodable += failed
     return (100 * accelerator.reduce(correct, "sum").double() / len(dataset)).tolist(), undecodable
 
 
 def main():
     args = parse_args()
-    accelerator = start_accelerator(args.mixed_precision)
-    args.mixed_precision = accelerator.mixed_precision
+    accelerator = start_accelerator(args)
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
-    if args.push_to_hub and is_main:
-        check_push(args.push_to_hub)
 
     # ---- backbone
     with accelerator.local_main_process_first():  # one process a machine downloads or draws, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
         shapes.check_version(known.get("settings", {}), args.data)
-    train_set, test_set = load_splits(
-        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming, args.cache, args.cache_gb
-    )
+    train_set, test_set = load_splits(args.data, **flags.data_options(args))
     args.image_size = args.image_size or known.get("image_size", 224)
     width, digest = feature_width(backbone.state_dict()), weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it
@@ -140,10 +138,9 @@ def main():
         if not count:
             raise UserError(f"--data {args.data} has {len(train_set)} images, too few to choose among several --lr")
         train_set, held_out = train_set.hold_out(count, b"held out", args.seed)
-    if len(train_set) < args.batch_size:
-        raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
-    read_image(train_set, 0)  # if nothing can be decoded, say so now
+    check_trainable(train_set, args.batch_size, args.data)
     steps_per_epoch = len(train_set) // args.batch_size
+    order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
 
     # ---- classifiers, equal on every process, because their seed and their updates are
     classifiers = LinearClassifiers(width, classes, len(args.lr), args.seed).to(device)
@@ -154,34 +151,28 @@ def main():
         counts = (len(train_set), len(held_out or ()), len(test_set), classes)
         print_settings(args, known["arch"], width, counts, world)
     run = Run(
-        args.output, accelerator, {"classifiers": classifiers}, optimizer, settings=vars(args), images=len(train_set),
-        batch_size=args.batch_size, total_steps=args.epochs * steps_per_epoch, checkpoint_every=args.checkpoint_every,
-        keep=args.keep, resume=args.resume, fingerprint=train_set.fingerprint(), evaluate=args.evaluate,
-        backbone_sha256=digest,
-        order=None if args.cached_features else train_set.order(world, args.workers, args.shuffle_window),
+        args, accelerator, {"classifiers": classifiers}, optimizer, train_set, args.epochs * steps_per_epoch,
+        order=None if args.cached_features else order, backbone_sha256=digest,
         finite=False,  # of several classifiers some may diverge while others learn
-        traffic=train_set.traffic,
     )  # fmt: skip
 
+    frozen = Features(backbone, args.image_size, args.workers, accelerator)
+
     def measure(dataset):
-        accuracies, failed = evaluate(backbone, classifiers, dataset, args.image_size, args.workers, accelerator)
+        accuracies, failed = evaluate(frozen, classifiers, dataset, accelerator)
         run.check_decoded(failed, len(dataset))
         return accuracies
 
     # ---- training
     if args.cached_features and run.done < run.total_steps:
-        failed, count = cache_features(
-            args.output / "features", backbone, digest, train_set, args.image_size, args.workers, accelerator
-        )
+        failed, count = frozen.cache(args.output / "features", digest, train_set)
         run.check_decoded(failed, len(train_set))
         check_undecodable(count, len(train_set), args.data)  # a cache from before names none
-        rows = batch_rows(len(train_set), args.batch_size, args.seed, run.done, rank, world)
+        rows = batch_rows(len(train_set), order, run.done)
         batches = run.timed(loader(CachedFeatures(args.output / "features"), rows, workers=0))
     else:
-        rows = train_set.training_rows(
-            args.batch_size, args.seed, run.done, rank, world, args.workers, args.shuffle_window
-        )
-        batches = run.timed(loader(LabelledCrops(train_set, args.image_size, args.seed), rows, args.workers))
+        rows = train_set.training_rows(order, run.done)
+        batches = run.timed(loader(labelled_crops(train_set, args.image_size, args.seed), rows, args.workers))
     for step in run.steps():
         epoch, milestones = step // steps_per_epoch, (0.6 * args.epochs, 0.8 * args.epochs)
         lrs = [learning_rate(lr, epoch, args.epochs, "step", milestones) for lr in args.lr]
@@ -221,12 +212,8 @@ def main():
     results |= results["classifiers"][chosen]
     if args.knn is not None:
         results["knn_temperature"] = args.knn_temperature
-        features, labels, failed = extract_features(
-            backbone, test_set, range(len(test_set)), args.image_size, args.workers, accelerator
-        )
-        bank, bank_labels, failed_too = feature_bank(
-            backbone, bank_set, range(len(bank_set)), args.image_size, args.workers, accelerator
-        )
+        features, labels, failed = frozen.all(test_set, range(len(test_set)))
+        bank, bank_labels, failed_too = frozen.bank(bank_set, range(len(bank_set)))
         run.check_decoded(failed + failed_too, len(test_set) + len(bank_set))
         ks = args.knn or [default_k(len(bank_set))]
         found = knn_evaluate(features, labels, bank, bank_labels, classes, ks, args.knn_temperature, accelerator)
@@ -249,21 +236,11 @@ def main():
 def parse_args():
     """The flags. Later defaults override earlier ones: those below, then --data shapes, then the resumed run."""
     parser = flags.flag_parser("--backbone SOURCE [flags]", __doc__.split("\n\n")[0])
-    add = parser.add_argument_group("backbone").add_argument
-    add("--backbone", metavar="SOURCE", help=flags.BACKBONE_HELP)
-    add("--arch", choices=resnet_names(), metavar="ARCH", help="[as the backbone says; random: resnet50]")
-    add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder")
+    flags.add_backbone_flags(parser.add_argument_group("backbone").add_argument)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="ILSVRC/imagenet-1k", help="'shapes', a folder, or USER/NAME on the Hub")
-    add("--image-column", metavar="NAME", help="column of images, if the data has several")
-    add("--label-column", metavar="NAME", help="column of labels, if the data has several")
-    add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
-    add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
-    add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
-    add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
-    add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
+    flags.add_data_flags(add)
     add("--image-size", type=at_least(16), metavar="PIXELS", help="side of a crop [the backbone's, else 224]")
-    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("classifier").add_argument
     add("--lr", type=positive, metavar="LR", nargs="+", default=[30.0], help="if several, all are trained at once [30]")
     add("--epochs", type=at_least(1), metavar="N", default=100, help="lr / 10 at 60 %% and 80 %% of them")
@@ -283,14 +260,10 @@ def parse_args():
     )
     add("--knn-temperature", type=positive, metavar="T", default=0.07, help="of the votes")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=folder, metavar="RUN", help="run folder [linear_probe/ in the backbone's, or in runs/]")
-    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
+    where = "linear_probe/ in the backbone's, or in runs/"
+    flags.add_run_flags(add, checkpoint_every=5000, log_every=50, default=where)
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(1), metavar="EPOCHS", default=10, help="and at the end")
-    add("--checkpoint-every", type=at_least(1), metavar="STEPS", default=5000, help="also at the end and on SIGTERM")
-    add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
-    add("--log-every", type=at_least(1), metavar="STEPS", default=50, help="between lines of metrics.jsonl")
-    add("--push-to-hub", metavar="USER/NAME", help="publish the backbone with these results")
 
     given = flags.given_flags(parser)
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
@@ -311,7 +284,7 @@ def check_args(args, processes):
     if len(set(args.lr)) < len(args.lr):
         raise UserError(f"--lr {' '.join(map(str, args.lr))} has a value twice; name each once")
     flags.check_batch(args.batch_size, processes, "", 1)
-    flags.check_output(args.output, args.resume or args.evaluate, args.data)
+    flags.check_output(args)
 
 
 def print_settings(args, arch, width, counts, processes):

@@ -21,22 +21,23 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from moco import flags, shapes
 from moco.augment import AUGMENTATIONS, ViewAugment, sample_params
 from moco.backbone import save_backbone
-from moco.batches import train_batches
-from moco.checkpoint import read_metrics
+from moco.backbone.features import knn_monitor
+from moco.backbone.publish import push_backbone
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
-from moco.data import has_labels, load_splits
-from moco.decode import read_image
+from moco.data import shapes
+from moco.data.batches import train_batches
+from moco.data.load import check_trainable, has_labels, load_splits
+from moco.data.order import Order
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
-from moco.flags import at_least, below_one, folder, not_negative, positive, seed
-from moco.knn import knn_monitor
-from moco.launch import core_count, device_in_words, provenance, start_accelerator
-from moco.publish import check_push, push_backbone
-from moco.report import save_curves, save_views
-from moco.run import Run
+from moco.run import flags
+from moco.run.checkpoint import read_metrics
+from moco.run.flags import at_least, below_one, not_negative, positive, seed
+from moco.run.launch import device_in_words, provenance, start_accelerator
+from moco.run.pictures import save_curves, save_views
+from moco.run.run import Run
 from moco.schedule import LARS, learning_rate, warmup_cosine_rate
 from moco.shuffle import encode_keys, shuffle_order
 
@@ -125,40 +126,12 @@ def simclr_step(encoder, optimizer, views, accelerator, *, temperature, bn_batch
     return loss.detach(), 100 * (logits.argmax(dim=1) == labels).float().mean()
 
 
-def main():
-    args = parse_args()
-    accelerator = start_accelerator(args.mixed_precision, log_with=args.tracker, project_dir=args.output)
-    args.mixed_precision = accelerator.mixed_precision
-    device, is_main = accelerator.device, accelerator.is_main_process
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if args.micro_batch is None:  # a ResNet-50 holds 90 MB for each image of 224 pixels, in float32
-        args.micro_batch = max(1, 2**20 // args.image_size**2) if device.type == "cpu" else 256
-    check_args(args, world, device.type)
-    if args.push_to_hub and is_main:
-        check_push(args.push_to_hub)
+def build_encoders(args, n, groups, accelerator):
+    """The encoders, the queue and the optimizer, equal on every process, because their seed and their updates are.
 
-    # ---- data
-    train_set, test_set = load_splits(
-        args.data, args.image_column, args.label_column, args.revision, not args.no_streaming, args.cache, args.cache_gb
-    )
-    if len(train_set) < args.batch_size:
-        raise UserError(f"--data {args.data} has {len(train_set)} images, fewer than a batch of {args.batch_size}")
-    read_image(train_set, 0)  # if nothing can be decoded, say so now
-    if test_set is not None and not has_labels(test_set):
-        test_set = None  # the kNN monitor then holds training images out
-    with_knn = args.knn_every > 0 and has_labels(train_set)
-    steps_per_epoch = len(train_set) // args.batch_size
-    total_steps = args.epochs * steps_per_epoch
-    n = args.batch_size // world  # images of this process in a step
-    own_rows = slice(rank * n, (rank + 1) * n)  # of the global batch
-    groups = max(1, n // args.bn_batch)  # of BatchNorm
-    passes = next(p for p in range(1, groups + 1) if groups % p == 0 and n // p <= max(args.micro_batch, args.bn_batch))
-    candidates = 2 * args.batch_size - 1 if args.end_to_end else 1 + args.queue_size  # one of them is the positive
-
-    def rows_from(step):
-        return train_set.training_rows(args.batch_size, args.seed, step, rank, world, args.workers, args.shuffle_window)
-
-    # ---- encoders and queue: equal on every process, because their seed and their updates are
+    n: images of a process in a step. groups: of BatchNorm that they make. Without a second encoder, as in SimCLR, that
+    and the queue are None.
+    """
     torch.manual_seed(args.seed)
     bn_batch = None if args.end_to_end else args.bn_batch  # simclr_step makes a pass of each group
     query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch)
@@ -166,38 +139,63 @@ def main():
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # running statistics look back over equally many steps on any hardware
             module.momentum = 0.1 / groups
-    kept = {}  # what is saved besides the query encoder
+    key_encoder = queue = None
     if not args.end_to_end:
-        key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(device)
-        queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(device)
-        kept = {"key_encoder": key_encoder, "queue": queue}
+        key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(accelerator.device)
+        queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(accelerator.device)
     if args.bn_batch > n:
         query_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(query_encoder)
     optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
     )
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
-    unwrapped = accelerator.unwrap_model(query_encoder, keep_torch_compile=False)  # to evaluate and to save
     dynamo = accelerator.state.dynamo_plugin  # accelerate launch --dynamo_backend compiles what is prepared
-    if dynamo.backend != DynamoBackend.NO and not args.end_to_end:
+    if dynamo.backend != DynamoBackend.NO and key_encoder is not None:
         key_encoder.compile(**dynamo.to_kwargs())
-    augment = ViewAugment(args.augment)
+    return query_encoder, key_encoder, queue, optimizer
 
-    # ---- the run
+
+def rate_of(args, step, steps_per_epoch):
+    """The learning rate of a step."""
+    if args.schedule == "warmup-cosine":
+        total_steps = args.epochs * steps_per_epoch
+        return warmup_cosine_rate(args.lr, step, args.warmup_epochs * steps_per_epoch, total_steps)
+    milestones = (0.6 * args.epochs, 0.8 * args.epochs)
+    return learning_rate(args.lr, step // steps_per_epoch, args.epochs, args.schedule, milestones)
+
+
+def main():
+    args = parse_args()
+    accelerator = start_accelerator(args, log_with=args.tracker, project_dir=args.output)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    rank, world = accelerator.process_index, accelerator.num_processes
+    check_args(args, world, device.type)
+
+    # ---- data
+    train_set, test_set = load_splits(args.data, **flags.data_options(args))
+    check_trainable(train_set, args.batch_size, args.data)
+    if test_set is not None and not has_labels(test_set):
+        test_set = None  # the kNN monitor then holds training images out
+    with_knn = args.knn_every > 0 and has_labels(train_set)
+    order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
+    steps_per_epoch, n = len(train_set) // args.batch_size, order.share  # n: images of this process in a step
+    own_rows = slice(rank * n, (rank + 1) * n)  # of the global batch
+    groups = max(1, n // args.bn_batch)  # of BatchNorm
+    passes = next(p for p in range(1, groups + 1) if groups % p == 0 and n // p <= max(args.micro_batch, args.bn_batch))
+    candidates = 2 * args.batch_size - 1 if args.end_to_end else 1 + args.queue_size  # one of them is the positive
+
+    # ---- encoders, and the run
+    query_encoder, key_encoder, queue, optimizer = build_encoders(args, n, groups, accelerator)
+    unwrapped = accelerator.unwrap_model(query_encoder, keep_torch_compile=False)  # to evaluate and to save
+    augment = ViewAugment(args.augment)
     if is_main:
         print_settings(args, train_set, test_set, world, passes, candidates)
-    run = Run(
-        args.output, accelerator, {"query_encoder": unwrapped, **kept}, optimizer, settings=vars(args),
-        images=len(train_set), batch_size=args.batch_size, total_steps=total_steps, keep=args.keep,
-        checkpoint_every=args.checkpoint_every, resume=args.resume, fingerprint=train_set.fingerprint(),
-        order=train_set.order(world, args.workers, args.shuffle_window), traffic=train_set.traffic,
-    )  # fmt: skip
+    modules = {"query_encoder": unwrapped} | ({} if args.end_to_end else {"key_encoder": key_encoder, "queue": queue})
+    run = Run(args, accelerator, modules, optimizer, train_set, args.epochs * steps_per_epoch, order=order)
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
     if is_main and not args.resume:
-        rows, _ = next(rows_from(0))
-        views_file = args.output / "views.png"
-        save_views(views_file, train_set, rows[:8], args.augment, args.image_size, args.batch_size, args.seed)
+        save_views(args.output / "views.png", train_set, next(train_set.training_rows(order, 0))[0][:8], args)
 
     def measure_knn():
         with run.aside("knn"):
@@ -210,18 +208,14 @@ def main():
         run.log({"step": 0, "epoch": 0} | measure_knn())
 
     # ---- training
-    rows = rows_from(run.done)
+    rows = train_set.training_rows(order, run.done)
     batches = run.timed(train_batches(train_set, args.image_size, args.seed, args.augment, rows, args.workers))
     for step in run.steps():
-        epoch = step // steps_per_epoch
-        if args.schedule == "warmup-cosine":
-            lr = warmup_cosine_rate(args.lr, step, args.warmup_epochs * steps_per_epoch, total_steps)
-        else:
-            lr = learning_rate(args.lr, epoch, args.epochs, args.schedule, (0.6 * args.epochs, 0.8 * args.epochs))
+        lr = rate_of(args, step, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        crops, failed = next(batches)  # (n, 2, S, S, 3) uint8
+        crops, _, failed = next(batches)  # (n, 2, S, S, 3) uint8
         params = sample_params(args.augment, args.batch_size, args.seed, step, own_rows)
         views = augment(crops.to(device, non_blocking=True), params)  # (n, 3, S, S) for queries, and for keys
         if args.end_to_end:
@@ -229,9 +223,9 @@ def main():
                 query_encoder, optimizer, views, accelerator, temperature=args.temperature, bn_batch=args.bn_batch
             )
         else:
-            order = shuffle_order(args.seed, step, args.batch_size)
+            shuffle = shuffle_order(args.seed, step, args.batch_size)
             loss, accuracy = moco_step(
-                query_encoder, key_encoder, queue, optimizer, views, order, accelerator,
+                query_encoder, key_encoder, queue, optimizer, views, shuffle, accelerator,
                 temperature=args.temperature, encoder_momentum=args.encoder_momentum, micro_batch=n // passes,
             )  # fmt: skip
         run.record(failed, loss=loss, accuracy=accuracy)
@@ -245,17 +239,21 @@ def main():
             with run.aside("picture"):
                 save_curves(args.output / "curves.png", run.metrics, candidates)
 
-    # ---- what the run leaves
     if is_main:
-        tag = ("" if args.end_to_end else "moco_") + args.recipe.replace("-", "_")
-        settings = vars(args) | provenance(world)
-        save_backbone(args.output / "backbone", unwrapped, args.arch, args.image_size, tag, settings)
-        print(f"backbone, views.png and curves.png are in {args.output}")
-        if scores := [line["knn"] for line in read_metrics(run.metrics) if "knn" in line]:
-            print(f"kNN accuracy {scores[-1]:.1f} %\nof the random backbone at the start {scores[0]:.1f} %")
-        if args.push_to_hub:
-            print(push_backbone(args.output, args.push_to_hub))
+        finish(args, unwrapped, run.metrics, world)
     accelerator.end_training()
+
+
+def finish(args, encoder, metrics, processes):
+    """What the run leaves: the backbone, the last numbers, and if asked for a repository on the Hub."""
+    tag = ("" if args.end_to_end else "moco_") + args.recipe.replace("-", "_")
+    settings = vars(args) | provenance(processes)
+    save_backbone(args.output / "backbone", encoder, args.arch, args.image_size, tag, settings)
+    print(f"backbone, views.png and curves.png are in {args.output}")
+    if scores := [line["knn"] for line in read_metrics(metrics) if "knn" in line]:
+        print(f"kNN accuracy {scores[-1]:.1f} %\nof the random backbone at the start {scores[0]:.1f} %")
+    if args.push_to_hub:
+        print(push_backbone(args.output, args.push_to_hub))
 
 
 # ---- flags
@@ -266,15 +264,8 @@ def parse_args():
     parser = flags.flag_parser("[flags]", __doc__.split("\n\n")[0])
     add = parser.add_argument_group("data").add_argument
     add("--data", default="ILSVRC/imagenet-1k", help="'shapes', a folder, or USER/NAME on the Hub")
-    add("--image-column", metavar="NAME", help="column of images, if the data has several")
-    add("--label-column", metavar="NAME", help="column of labels; only the kNN monitor uses them")
-    add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
-    add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
-    add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
-    add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
-    add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
+    flags.add_data_flags(add)
     add("--image-size", type=at_least(16), metavar="PIXELS", default=224, help="side of a view")
-    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=RECIPES, default="v2", help="row of the ablation, or simclr; sets defaults")
     add("--head", choices=("fc", "mlp"), help="projection head")
@@ -300,14 +291,9 @@ def parse_args():
     add("--seed", type=seed, metavar="N", default=0, help="of weights, queue, order and augmentation")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=folder, metavar="FOLDER", help="run folder [runs/RECIPE-DATA]")
-    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
-    add("--checkpoint-every", type=at_least(1), metavar="STEPS", default=1000, help="also at the end and on SIGTERM")
-    add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
-    add("--log-every", type=at_least(1), metavar="STEPS", default=10, help="between lines of metrics.jsonl")
+    flags.add_run_flags(add, checkpoint_every=1000, log_every=10, default="runs/RECIPE-DATA")
     add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too, if it is installed")
-    add("--push-to-hub", metavar="USER/NAME", help="publish the backbone when the run is done")
     parser.set_defaults(end_to_end=False, **RECIPES["v2"])  # for --help to show
 
     given = flags.given_flags(parser)
@@ -326,7 +312,12 @@ def parse_args():
 
 
 def check_args(args, processes, device_type):
-    """Raise UserError for flags that do not go together, before anything is read or written."""
+    """Raise UserError for flags that do not go together, before anything is read or written.
+
+    Fills --micro-batch in, whose default depends on the device.
+    """
+    if args.micro_batch is None:  # a ResNet-50 holds 90 MB for each image of 224 pixels, in float32
+        args.micro_batch = max(1, 2**20 // args.image_size**2) if device_type == "cpu" else 256
     if args.schedule == "warmup-cosine" and args.warmup_epochs >= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs} must be below the {args.epochs} epochs")
     if args.tracker not in (None, *map(str, get_available_trackers())):
@@ -346,7 +337,7 @@ def check_args(args, processes, device_type):
             f"--workers {args.workers} with two batches each": args.workers * 2 * views,
         }
     )
-    flags.check_output(args.output, args.resume, args.data)
+    flags.check_output(args)
 
 
 def print_settings(args, train_set, test_set, processes, passes, candidates):

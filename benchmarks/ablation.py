@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.shapes import CLASSES, draw_scene
+from moco.data.shapes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {"data": "shapes", "arch": "resnet10", "epochs": 40, "flags": "", "jobs": 2}

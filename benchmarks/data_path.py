@@ -22,9 +22,9 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import MEAN, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
-from moco.batches import CropPairs, loader
-from moco.data import IndexedImages
-from moco.decode import decode_image
+from moco.data.batches import crop_pairs, loader
+from moco.data.decode import decode_image
+from moco.data.load import IndexedImages
 
 BATCH, BATCHES, ROUNDS = 32, 4, 5
 
@@ -93,7 +93,7 @@ def our_batches(files):
         features=datasets.Features(image=datasets.Image(decode=False)),
     )
     keys = [([(0, i % len(files)) for i in range(b * BATCH, (b + 1) * BATCH)], ()) for b in range(BATCHES)]
-    return iter(loader(CropPairs(IndexedImages(images), 224, seed=0), keys, workers=1))
+    return iter(loader(crop_pairs(IndexedImages(images), 224, seed=0), keys, workers=1))
 
 
 def deviation(data, n=40):

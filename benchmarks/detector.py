@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from detect_transfer import detector_step
 from moco.backbone import load_backbone
-from moco.detector import POOLED, C4Body, Normalize, build_detector, out_channels
+from moco.detection.model import POOLED, C4Body, Normalize, build_detector, out_channels
 
 CLASSES = 20
 

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco import shapes
 from moco.backbone import load_backbone
-from moco.data import load_splits
+from moco.backbone.features import Features
+from moco.data import shapes
+from moco.data.load import load_splits
 from moco.errors import one_line_errors
-from moco.knn import default_k, extract_features, knn_predict
+from moco.knn import default_k, knn_predict
 
 PALETTES = len(shapes.PALETTES)  # labels count palettes within patterns
 TARGETS = {
@@ -65,7 +66,7 @@ def main():
         shapes.check_version(known.get("settings", {}), "shapes")
         backbone, size = backbone.eval().to(accelerator.device), known.get("image_size", 32)
         (bank, bank_labels, _), (features, labels, _) = (
-            extract_features(backbone, split, range(len(split)), size, 1, accelerator) for split in splits
+            Features(backbone, size, 1, accelerator).all(split, range(len(split))) for split in splits
         )
         row = []
         for target, classes in TARGETS.values():

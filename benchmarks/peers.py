@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.data_path import photograph, standard_transform
 from benchmarks.step import our_step
 from moco.augment import ViewAugment, random_crop_boxes, sample_params
-from moco.decode import decode_crops
+from moco.data.decode import decode_crops
 from moco.encoder import build_encoder
 
 QUEUE = 4096

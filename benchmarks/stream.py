@@ -30,13 +30,14 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import moco.hub
+import moco.data.hub
 from benchmarks.data_path import photograph
 from moco.augment import random_crop_boxes
-from moco.batches import crop_generator, train_batches
-from moco.data import load_splits
-from moco.decode import decode_crops
-from moco.hub import ADDRESS_LIFE, RENEW_AT, RESOLVES, WINDOW
+from moco.data.batches import crop_generator, train_batches
+from moco.data.decode import decode_crops
+from moco.data.hub import RESOLVES, WINDOW
+from moco.data.load import load_splits
+from moco.data.order import Order
 from tests.hub import serving
 
 PROCESSES, BATCH, ROWS, SIZE = 2, 64, 200, 224  # ROWS: of a shuffle window
@@ -51,8 +52,8 @@ GPU, MACHINE = 2_300, 8  # images/s that one H100 asks for, GPUs in a machine
 def ours(name, rank, epochs, cache=None):
     images, _ = load_splits(name, cache=cache)
     steps = len(images) // BATCH
-    rows = itertools.islice(images.training_rows(BATCH, 0, 0, rank, PROCESSES, 1, ROWS), epochs * steps)
-    for step, (views, _) in enumerate(train_batches(images, SIZE, 0, "v2", rows, 1), 1):
+    rows = itertools.islice(images.training_rows(Order(BATCH, 0, rank, PROCESSES, 1, ROWS), 0), epochs * steps)
+    for step, (views, *_) in enumerate(train_batches(images, SIZE, 0, "v2", rows, 1), 1):
         yield len(views)
         if step % steps == 0:
             yield None
@@ -64,7 +65,7 @@ def cached(name, rank, epochs):
 
 def old(name, rank, epochs):
     """Ours as it once was: each row group is read through an address with /resolve/ in it."""
-    moco.hub.address_of = lambda *arguments: None
+    moco.data.hub.address_of = lambda path, *_: moco.data.hub.resolve_url(path)
     return ours(name, rank, epochs)
 
 
@@ -185,7 +186,7 @@ def print_scale():
     print(" | TB without a cache | with 35 GB a machine | with 140 GB |\n" + "|---" * 8 + "|")
     for gpus in (1, 8, 64, 512):
         machines, speed = -(-gpus // MACHINE), gpus * GPU
-        later = machines * files * WINDOW / (RENEW_AT * ADDRESS_LIFE)
+        later = machines * files * WINDOW / 3_600  # seconds that an address lives
         words = [f"{gpus}", f"{images / speed:.0f} s", f"{speed / GROUP * WINDOW:,.0f}"]
         words += [f"{machines * files:,}, {later:,.0f}", f"{speed * size / images / 1e9:.2f}"]
         words += [f"{size / 1e12 * network_share(machines, 200, room):.2f}" for room in (0, 0.25, 1)]

@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco import shapes
 from moco.augment import normalize, to_float
 from moco.backbone import save_backbone
-from moco.batches import LabelledCrops, loader
-from moco.data import count_classes, load_splits
+from moco.data import shapes
+from moco.data.batches import labelled_crops, loader
+from moco.data.load import count_classes, load_splits
+from moco.data.order import Order
 from moco.encoder import build_encoder
 from moco.schedule import learning_rate
 
@@ -42,8 +43,8 @@ def main():
     encoder = build_encoder(args.arch, dim=classes, head="fc").to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    rows = train_set.training_rows(args.batch_size, args.seed, 0, 0, 1, args.workers, 20_000)
-    batches = iter(loader(LabelledCrops(train_set, size, args.seed), rows, args.workers))
+    rows = train_set.training_rows(Order(args.batch_size, args.seed, workers=args.workers, window=20_000), 0)
+    batches = iter(loader(labelled_crops(train_set, size, args.seed), rows, args.workers))
     steps_per_epoch = len(train_set) // args.batch_size
     bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")
     for step in bar:

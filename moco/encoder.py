@@ -60,6 +60,11 @@ def build_encoder(arch, dim=128, head="mlp", stem="imagenet", bn_batch=None):
     return encoder
 
 
+def feature_width(weights):
+    """The number of features of a backbone with these weights: the channels of its last convolution."""
+    return [value for value in weights.values() if value.dim() == 4][-1].shape[0]
+
+
 @torch.no_grad()
 def momentum_update(query_encoder, key_encoder, momentum):
     """key <- momentum * key + (1 - momentum) * query, in place, for parameters only.

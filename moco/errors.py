@@ -26,6 +26,20 @@ def first_line(error):
 
 
 @contextmanager
+def explained(what, remedy, *kinds, alone=False):
+    """Turn an exception inside, of one of these kinds if some are named, into a UserError of one line.
+
+    what: is wrong. remedy: what to do about it; the exception stands between them. alone: see UserError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not isinstance(error, kinds or Exception):
+            raise
+        raise UserError(f"{what} ({first_line(error)}); {remedy}", alone) from error
+
+
+@contextmanager
 def one_line_errors():
     """Around a script's main: what the user can mend, memory, a full disk and Ctrl-C end it in one line on stderr.
 

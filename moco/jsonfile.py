@@ -1,10 +1,14 @@
-"""JSON files: written whole or not at all, and read against what must be in them."""
+"""JSON files: written whole or not at all, and read with errors that say what to do."""
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
-from moco.errors import UserError, first_line
+from moco.errors import explained
+
+# What using a value of another kind than was written raises, and what a missing or damaged file does.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 def write_json(path, value):
@@ -15,45 +19,16 @@ def write_json(path, value):
     os.replace(partial, path)
 
 
-def read_json(path, fields, remedy):
-    """The object in a JSON file. fields: {key: whether a value is good}; a key that may be absent takes None.
+@contextmanager
+def reading_json(path, remedy):
+    """The object in a JSON file, for use inside of `with`: what cannot be used is reported as damage of the file.
 
     Raises UserError that names the file, what is wrong with it and the remedy.
     """
-    try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}); {remedy}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no object); {remedy}")
-    for key, is_good in fields.items():
-        if not is_good(content.get(key)):
-            raise UserError(f"{path} is damaged ({key} is {content.get(key)!r:.60}); {remedy}")
-    return content
-
-
-def is_whole(value):
-    return type(value) is int and value >= 0
-
-
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_object(value):
-    return isinstance(value, dict)
-
-
-def is_numeric(value):
-    """A number, or a list of numbers."""
-    return type(value) in (int, float) or (isinstance(value, list) and all(type(v) in (int, float) for v in value))
-
-
-def or_absent(is_good):
-    """The check of a key that may be absent, or null."""
-    return lambda value: value is None or is_good(value)
+    with explained(f"{path} is damaged", remedy, *DAMAGE):
+        with explained(f"{path} is missing", remedy, FileNotFoundError):
+            content = Path(path).read_text()
+        yield dict(json.loads(content))
 
 
 def sync(path):

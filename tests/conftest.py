@@ -22,9 +22,9 @@ import datasets
 import pytest
 from accelerate.state import AcceleratorState
 
-from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.errors import one_line_errors
-from moco.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 
 ROOT = Path(__file__).parent.parent
 

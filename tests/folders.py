@@ -4,8 +4,8 @@ import json
 
 import datasets
 
-from moco.detection import VOC_CLASSES
-from moco.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.detection.data import VOC_CLASSES
 
 SIZE = 64
 HEIGHT = 48  # of every second image, so that there are two kinds

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import linear_probe
 import train_moco
-from moco.checkpoint import complete_checkpoints
+from moco.data.shapes import draw_scene, encode_jpeg
 from moco.encoder import build_encoder
 from moco.errors import UserError, one_line_errors
-from moco.flags import lock
-from moco.shapes import draw_scene, encode_jpeg
+from moco.run.checkpoint import complete_checkpoints
+from moco.run.flags import lock
 
 SMALL = "--arch resnet10 --image-size 32 --queue-size 40 --dim 16 --batch-size 8 --bn-batch 4 --mixed-precision no"
 
@@ -212,7 +212,7 @@ def test_an_output_without_a_name_or_in_the_data(refuse, folder, tmp_path):
 def test_two_runs_in_one_folder(refuse, folder, tmp_path):
     """The lock goes with the process that holds it, however it ends."""
     (tmp_path / "run").mkdir()
-    code = "import sys, time; from pathlib import Path; from moco.flags import lock; lock(Path(sys.argv[1]));"
+    code = "import sys, time; from pathlib import Path; from moco.run.flags import lock; lock(Path(sys.argv[1]));"
     holder = start_script("-c", f"{code} print('locked', flush=True); time.sleep(60)", tmp_path / "run")
     assert holder.stdout.readline() == "locked\n"
     line = refuse("--data", folder)
@@ -225,14 +225,14 @@ def test_two_runs_in_one_folder(refuse, folder, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"temperature": "warm"}, "args.json is damaged (temperature is 'warm') restore it"),
-        ({"epochs": None}, "args.json is damaged (epochs is None) restore it"),
-        ({"batch_size": [8]}, "args.json is damaged (batch_size is [8])"),
-        ({"no_streaming": "yes"}, "args.json is damaged (no_streaming is 'yes')"),
-        ({"recipe": "v9"}, "args.json is damaged (recipe is 'v9')"),
-        ({"script": 3}, "args.json is damaged (script is 3)"),
+        ({"temperature": "warm"}, "args.json is damaged --temperature 'warm' restore it"),
+        ({"epochs": None}, "args.json is damaged epochs is None); restore it"),
+        ({"batch_size": [8]}, "args.json is damaged batch_size is [8])"),
+        ({"no_streaming": "yes"}, "args.json is damaged yes"),
+        ({"recipe": "v9"}, "args.json is damaged --recipe 'v9'"),
+        ({"script": 3}, "holds a run of 3"),
         ({"arch": "resnet18"}, "does not fit the flags in args.json one of them was changed"),
-        (None, "args.json is missing; restore it, or start a new run"),
+        (None, "args.json is missing restore it, or start a new run"),
     ],
 )
 def test_resume_with_flags_that_somebody_edited(finished_run, tmp_path, monkeypatch, capsys, change, words):
@@ -409,9 +409,9 @@ def test_an_error_ends_the_process_though_workers_wait(error, code):
     """Workers pass over a SIGTERM, of which Python sends one at exit before it waits for them."""
     program = f"""
 import itertools
-from moco.batches import loader
+from moco.data.batches import loader
 from moco.errors import UserError, one_line_errors
-from moco.flags import lock
+from moco.run.flags import lock
 
 with one_line_errors():
     batches = iter(loader(list(range(10_000)), itertools.cycle(range(10_000)), workers=1))

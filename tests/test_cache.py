@@ -13,13 +13,14 @@ import pytest
 from conftest import assert_same_run, is_time, metrics_of, run_script, start_script, wait_for_step
 from hub import serving
 
-from moco.batches import train_batches
-from moco.cache import RowGroupCache
-from moco.checkpoint import read_metrics
-from moco.data import load_splits, print_costs
+from moco.data.batches import train_batches
+from moco.data.cache import RowGroupCache
+from moco.data.hub import Traffic
+from moco.data.load import load_splits, print_costs
+from moco.data.order import Order
+from moco.data.parquet import ParquetImages, read_footers
 from moco.errors import UserError
-from moco.hub import Traffic
-from moco.stream import ParquetImages, read_footers
+from moco.run.checkpoint import read_metrics
 
 PATHS = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
 FORK = multiprocessing.get_context("fork")
@@ -46,8 +47,8 @@ def local(parquet_folder):
 
 def epoch_of(images, epoch):
     """Pixels of one epoch of 9 steps of 8 images, by one worker: of two, both may read the row group between them."""
-    rows = itertools.islice(images.training_rows(8, 0, 9 * epoch, 0, 1, 1, 20), 9)
-    return [views for views, _ in train_batches(images, 16, 0, "v2", rows, 1)]
+    rows = itertools.islice(images.training_rows(Order(8, 0, workers=1, window=20), 9 * epoch), 9)
+    return [views for views, *_ in train_batches(images, 16, 0, "v2", rows, 1)]
 
 
 def same(some, others):
@@ -222,7 +223,7 @@ def test_what_an_epoch_asks_for_is_said_and_more_only_where_it_is_too_much(hub, 
     images, cache = images_of(PATHS), RowGroupCache(tmp_path, 1)
     print_costs(images, None, cache)
     print_costs(images, None, None)
-    monkeypatch.setattr("moco.data.RESOLVES", 2)
+    monkeypatch.setattr("moco.data.load.RESOLVES", 2)
     print_costs(images, None, None)
     asked, kept, again, off, late, _ = capsys.readouterr().out.splitlines()
     assert asked == again == "stream  3 files, 9 row groups, 0.0 GB an epoch; the Hub resolves 3 addresses an hour"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from moco.checkpoint import (
+from moco.errors import UserError
+from moco.run.checkpoint import (
     check_equal_state,
     complete_checkpoints,
     load_checkpoint,
@@ -19,7 +20,6 @@ from moco.checkpoint import (
     save_checkpoint,
     trim_metrics,
 )
-from moco.errors import UserError
 
 
 def tensors(seed=0):
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moco.checkpoint.sync", full)
+    monkeypatch.setattr("moco.run.checkpoint.sync", full)
     with pytest.raises(UserError, match="step_2 cannot be written .*No space left.* make room.* --resume"):
         save_checkpoint(tmp_path, 2, tensors(1), {}, keep=1)
     monkeypatch.undo()

@@ -3,16 +3,18 @@
 benchmarks/count.py prints the counts themselves.
 """
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from test_run import Images
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.count import augmentation, counted, half_a_step
-from moco.run import Run
+from moco.run.run import Run
 
 
 @pytest.fixture
@@ -42,10 +44,8 @@ def test_a_step_neither_waits_nor_blocks(fake, method):
 def test_a_steps_numbers_are_read_back_by_one_copy_that_does_not_block(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
     module, accelerator = nn.Linear(1, 1), Accelerator(cpu=True)
-    run = Run(
-        tmp_path, accelerator, {"module": module}, torch.optim.SGD(module.parameters(), 1.0), settings={}, images=8,
-        batch_size=4, total_steps=4, checkpoint_every=4, keep=1, fingerprint="f",
-    )  # fmt: skip
+    args = Namespace(output=tmp_path, resume=False, batch_size=4, checkpoint_every=4, keep=1)
+    run = Run(args, accelerator, {"module": module}, torch.optim.SGD(module.parameters(), 1.0), Images(8), 4)
     next(run.steps())
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss, accuracy = torch.empty((), device="cuda"), torch.empty((), device="cuda")

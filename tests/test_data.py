@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from moco.augment import crop_pair, random_crop_boxes
-from moco.batches import CenterCrops, CropPairs, center_crop, crop_generator, train_batches
-from moco.data import IndexedImages, batch_rows, has_labels, load_splits
-from moco.decode import decode_crops, decode_image
+from moco.data.batches import center_crop, center_crops, crop_generator, crop_pairs, train_batches
+from moco.data.decode import decode_crops, decode_image
+from moco.data.load import IndexedImages, has_labels, load_splits
+from moco.data.order import Order, batch_rows
 from moco.errors import UserError
 
 
@@ -167,7 +168,7 @@ def test_the_evaluation_crop_is_torchvisions(height, width):
 
 def test_an_epoch_holds_every_image_at_most_once_and_drops_another_tail_each_time():
     steps_per_epoch = 103 // 8
-    rows = itertools.islice(batch_rows(103, 8, seed=0, start=0, rank=0, world=1), steps_per_epoch * 2)
+    rows = itertools.islice(batch_rows(103, Order(8, 0), 0), steps_per_epoch * 2)
     epochs = {0: [], 1: []}
     for epoch, index in itertools.chain.from_iterable(rows):
         epochs[epoch].append(index)
@@ -206,8 +207,8 @@ def test_a_large_jpeg_is_decoded_at_a_scale_that_hardly_shows(height, width):
 @pytest.mark.parametrize("start", [0, 5, 12, 13, 40])
 @pytest.mark.parametrize("world", [2, 4])
 def test_rows_start_at_any_step_and_join_to_those_of_one_process(start, world):
-    whole = list(itertools.islice(batch_rows(103, 8, 1, 0, 0, 1), 45))
-    parts = [itertools.islice(batch_rows(103, 8, 1, start, rank, world), 45 - start) for rank in range(world)]
+    whole = list(itertools.islice(batch_rows(103, Order(8, 1), 0), 45))
+    parts = [itertools.islice(batch_rows(103, Order(8, 1, rank, world), start), 45 - start) for rank in range(world)]
     joined = [sum(step, []) for step in zip(*parts)]
     assert joined == whole[start:]
 
@@ -218,7 +219,7 @@ def images(tmp_path):
 
 
 def test_a_batch_holds_the_two_crops_of_each_image(images):
-    views, undecodable = CropPairs(images, 16, seed=4)[[(0, 3), (2, 7)], ()]
+    views, _, undecodable = crop_pairs(images, 16, seed=4)[[(0, 3), (2, 7)], ()]
     assert views.shape == (2, 2, 16, 16, 3) and views.dtype == torch.uint8 and not undecodable
     for row, (epoch, index) in zip(views, [(0, 3), (2, 7)]):
         image = decode_image(images[index]["image"])
@@ -233,7 +234,7 @@ def test_crops_depend_on_seed_epoch_and_image():
 
 def test_workers_do_not_change_the_batches(images):
     def first(workers, start):
-        rows = images.training_rows(4, 0, start, 0, 1, workers, window=800)
+        rows = images.training_rows(Order(4, 0, workers=workers), start)
         batches = train_batches(images, 16, 0, "v2", rows, workers)
         return [next(batches)[0] for _ in range(4)]
 
@@ -258,7 +259,7 @@ DAMAGE = {"empty": lambda b: b"", "text": lambda b: b"not an image", "truncated"
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_image_is_named_and_its_neighbour_takes_its_place(tmp_path, kind):
     images = damage(tmp_path, {"002.jpg": DAMAGE[kind]})
-    views, undecodable = CropPairs(images, 16, seed=0)[[(0, 1), (0, 2)], ()]
+    views, _, undecodable = crop_pairs(images, 16, seed=0)[[(0, 1), (0, 2)], ()]
     assert [name.endswith("002.jpg") for name, reason in undecodable] == [True]
     boxes = random_crop_boxes(30, 40, crop_generator(0, 0, 2))
     assert views[1].equal(crop_pair(decode_image(images[3]["image"]), boxes, 16))
@@ -266,7 +267,7 @@ def test_a_damaged_image_is_named_and_its_neighbour_takes_its_place(tmp_path, ki
 
 def test_the_last_images_neighbour_is_the_first(tmp_path):
     images = damage(tmp_path, {"005.jpg": DAMAGE["text"], "000.jpg": DAMAGE["text"]})
-    (first, second), undecodable = CropPairs(images, 16, seed=0)[[(0, 5), (0, 1)], ()]
+    (first, second), _, undecodable = crop_pairs(images, 16, seed=0)[[(0, 5), (0, 1)], ()]
     assert [name[-7:] for name, _ in undecodable] == ["005.jpg"]
     boxes = random_crop_boxes(30, 40, crop_generator(0, 0, 5))
     assert first.equal(crop_pair(decode_image(images[1]["image"]), boxes, 16)) and not first.equal(second)
@@ -274,7 +275,7 @@ def test_the_last_images_neighbour_is_the_first(tmp_path):
 
 def test_damaged_images_side_by_side_count_once_each(tmp_path):
     images = damage(tmp_path, {f"{i:03}.jpg": DAMAGE["empty"] for i in (1, 2, 3, 4)})
-    _, undecodable = CropPairs(images, 16, seed=0)[[(0, i) for i in range(6)], ()]
+    *_, undecodable = crop_pairs(images, 16, seed=0)[[(0, i) for i in range(6)], ()]
     assert [name[-7:] for name, _ in undecodable] == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
 
 
@@ -285,7 +286,7 @@ def test_a_row_without_an_image_is_an_undecodable_one(tmp_path, kind):
     rows.to_parquet(tmp_path / "parquet" / "train.parquet")
     rows.save_to_disk(tmp_path / "saved")
     images, _ = load_splits(str(tmp_path / kind))
-    views, undecodable = CropPairs(images, 16, seed=0)[[(0, 0), (0, 1)], ()]
+    views, _, undecodable = crop_pairs(images, 16, seed=0)[[(0, 0), (0, 1)], ()]
     assert undecodable == [("row 1", "ValueError: the row has no image")] and views.float().std() > 0
 
 
@@ -293,11 +294,11 @@ def test_in_evaluation_the_neighbour_brings_its_label(tmp_path):
     for name in ("cat", "dog"):
         write_images(tmp_path / "pets" / name, 1)
     (tmp_path / "pets" / "cat" / "000.jpg").write_bytes(b"")
-    crops, labels, undecodable = CenterCrops(load_splits(str(tmp_path / "pets"))[0], 16)[[0, 1], ()]
+    crops, labels, undecodable = center_crops(load_splits(str(tmp_path / "pets"))[0], 16)[[(0, 0), (0, 1)], ()]
     assert labels.tolist() == [1, 1] and crops[0].equal(crops[1]) and len(undecodable) == 1
 
 
 def test_where_no_image_can_be_decoded_the_user_is_told(tmp_path):
     images = damage(tmp_path, {f"{i:03}.jpg": DAMAGE["text"] for i in range(6)})
     with pytest.raises(UserError, match="none of the .* images"):
-        CropPairs(images, 16, seed=0)[[(0, 0)], ()]
+        crop_pairs(images, 16, seed=0)[[(0, 0)], ()]

@@ -25,10 +25,10 @@ from two_processes import seen
 
 import detect_transfer
 from moco.backbone import load_backbone, save_backbone
-from moco.detector import build_detector, precise_statistics
+from moco.backbone.publish import prepare_folder
+from moco.detection.model import build_detector, precise_statistics
 from moco.encoder import build_encoder
 from moco.errors import one_line_errors
-from moco.publish import prepare_folder
 from moco.schedule import warmup_step_rate
 
 KEYS = ("AP", "AP50", "AP75")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from folders import HEIGHT, SIZE, scenes, write_coco, write_hub, write_voc
 
-from moco.batches import loader
-from moco.coco import decode_masks, encode_masks
-from moco.detection import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection
-from moco.detector import mask_targets
+from moco.data.batches import loader
+from moco.detection.coco import decode_masks, encode_masks
+from moco.detection.data import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection
+from moco.detection.model import mask_targets
 from moco.errors import UserError
 
 

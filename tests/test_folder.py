@@ -10,9 +10,9 @@ import socket
 import datasets
 import pytest
 
-from moco.data import load_splits
-from moco.folder import list_files
-from moco.shapes import draw_scene, encode_jpeg
+from moco.data.folder import list_files
+from moco.data.load import load_splits
+from moco.data.shapes import draw_scene, encode_jpeg
 
 IMAGE = encode_jpeg(draw_scene("test", 0)[0])
 

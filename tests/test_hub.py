@@ -17,10 +17,11 @@ import pytest
 from conftest import write_parquet
 from hub import TOKEN, serving
 
-from moco.batches import stop_workers, train_batches
+from moco.data.batches import stop_workers, train_batches
+from moco.data.hub import Traffic, read_range
+from moco.data.order import Order
+from moco.data.parquet import ParquetImages, read_footer
 from moco.errors import UserError
-from moco.hub import Traffic, address_end, read_range
-from moco.stream import ParquetImages, read_footer
 
 FILES, FORK = 24, multiprocessing.get_context("fork")
 PATHS = [f"hf://datasets/some/many@abc/train-{file:02}.parquet" for file in range(FILES)]
@@ -51,10 +52,10 @@ def read_epochs(paths, rank, epochs, both, send):
     traffic = Traffic()
     # By no pool of threads: one that still ends while workers fork could leave them a lock of OpenSSL's locked.
     images = ParquetImages(paths, [read_footer(paths[0], traffic)] * FILES, "image", "label", traffic)
-    rows = itertools.islice(images.training_rows(24, 0, 0, rank, 2, 4, 10), epochs * 20)
+    rows = itertools.islice(images.training_rows(Order(24, 0, rank, 2, 4, 10), 0), epochs * 20)
     digest = hashlib.sha256()
     try:
-        for views, _ in train_batches(images, 16, 0, "v2", rows, 4):
+        for views, *_ in train_batches(images, 16, 0, "v2", rows, 4):
             digest.update(views.numpy().tobytes())
     finally:
         stop_workers()  # they ignore the first signal to end
@@ -90,15 +91,15 @@ def test_two_processes_with_four_workers_resolve_each_file_once(hub, digests):
     assert len(hub.reads) >= 2 + 2 * 2 * FILES  # footers, and row groups of two epochs: before, as many resolves
 
 
-def test_addresses_are_renewed_before_they_end_by_one_for_all(hub):
+def test_addresses_are_renewed_when_they_end_by_one_for_all(hub):
     """An hour is three seconds here, and the run takes more than one."""
     hub.life, hub.latency = 3, 0.15
     _, read = two_processes(PATHS, 8)
-    assert hub.resolved[-1][0] - hub.resolved[0][0] > 3 and not read["refused"]
+    assert hub.resolved[-1][0] - hub.resolved[0][0] > 3 and read["refused"] >= len(hub.resolved) - FILES
     assert len(hub.reads) > 7 * len(hub.resolved)
     for file in {file for _, file in hub.resolved}:
         times = [when for when, resolved in hub.resolved if resolved == file]
-        assert all(later - earlier > 0.9 * hub.life for earlier, later in itertools.pairwise(times))
+        assert all(later - earlier > hub.life for earlier, later in itertools.pairwise(times))
 
 
 def test_a_limit_of_resolves_is_waited_for(hub, digests):
@@ -131,7 +132,7 @@ def test_a_host_that_goes_on_refusing_is_asked_again_after_growing_waits(hub, mo
     data, size = read_range(PATHS[0], 0, 100, Traffic())
     assert len(data) == 100 and size > 100 and len(hub.resolves()) == 4  # 0, 1 and 2 seconds later
     hub.faults = [416, 416, "other range"]
-    monkeypatch.setattr("moco.hub.RETRIES", 1)
+    monkeypatch.setattr("moco.data.hub.RETRIES", 1)
     with pytest.raises(UserError, match="cannot be read .*bytes 1 to 100 in answer to 0 to 100"):
         read_range(PATHS[1], 0, 100, Traffic())
 
@@ -166,11 +167,3 @@ def test_a_process_killed_while_it_resolves_leaves_the_others_their_turn(hub):
     first.join()
     hub.latency = 0
     assert len(read_range(PATHS[0], 0, 100, Traffic())[0]) == 100 and len(hub.resolves()) == 2
-
-
-def test_when_an_address_ends():
-    expiring = "https://cdn.example/file?X-Amz-Date=20250102T030405Z&X-Amz-Expires=3600&X-Amz-Signature=0"
-    assert address_end(expiring, served=0) == 1735787045 + 3600
-    assert address_end("https://cdn.example/file?Expires=1735790000&Signature=0", served=0) == 1735790000
-    assert address_end("https://cdn.example/file", served=50) == 50 + 3600
-    assert address_end("https://cdn.example/file?Expires=soon", served=50) == 50 + 3600

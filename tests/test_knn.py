@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from moco.augment import normalize, to_float
 from moco.backbone import load_backbone
-from moco.batches import center_crop
-from moco.data import IndexedImages, load_splits
-from moco.decode import decode_image
+from moco.backbone.features import Features, knn_monitor
+from moco.data.batches import center_crop
+from moco.data.decode import decode_image
+from moco.data.load import IndexedImages, load_splits
+from moco.data.shapes import CLASSES
 from moco.encoder import build_encoder
-from moco.knn import default_k, extract_features, knn_evaluate, knn_monitor, knn_predict
-from moco.shapes import CLASSES
+from moco.knn import default_k, knn_evaluate, knn_predict
 
 
 def test_golden_knn_scores_and_top1(golden):
@@ -72,7 +73,7 @@ def test_features_are_the_pooled_ones_in_the_order_of_the_rows():
     train_set, _ = load_splits("shapes")
     backbone = load_backbone("random", "resnet10")[0].eval()
     rows = [5, 3, 300, 5]
-    features, labels, undecodable = extract_features(backbone, train_set, rows, 32, 0, Accelerator(cpu=True))
+    features, labels, undecodable = Features(backbone, 32, 0, Accelerator(cpu=True)).all(train_set, rows)
     assert features.shape == (4, 512) and features[0].equal(features[3]) and not undecodable
     assert labels.tolist() == [train_set[row]["label"] for row in rows]
     crop = center_crop(decode_image(train_set[3]["image"]), 32)
@@ -88,6 +89,6 @@ def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     assert encoder.training and isinstance(encoder.fc, torch.nn.Sequential)  # as it was
     encoder.eval().fc = torch.nn.Identity()
     sample = few.sample(100)
-    features, labels, _ = extract_features(encoder, few, sample, 32, 0, accelerator)
+    features, labels, _ = Features(encoder, 32, 0, accelerator).all(few, sample)
     predicted = knn_predict(features[:20], features[20:], labels[20:], len(CLASSES), k=default_k(80)).argmax(dim=1)
     assert accuracy == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())

@@ -17,12 +17,12 @@ from torch import nn
 from trajectory import tiny_resnet
 
 from linear_probe import LinearClassifiers, build_optimizer, count_correct, probe_step
-from moco.checkpoint import complete_checkpoints
-from moco.data import count_classes, load_splits
+from moco.data.load import count_classes, load_splits
+from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
+from moco.run.checkpoint import complete_checkpoints
 from moco.schedule import learning_rate
-from moco.shapes import CLASSES, draw_scene, encode_jpeg
 
 SMALL = "--backbone random --arch resnet10 --image-size 32 --epochs 5 --batch-size 16 --mixed-precision no --workers 0"
 
@@ -237,8 +237,8 @@ def test_more_than_five_percent_undecodable_is_an_error_wherever_images_are_read
 
 def test_a_sigterm_after_the_last_step_ends_the_process():
     """Everything is saved by then; to go on with an evaluation that may take hours would ignore it."""
-    code = "import signal; from moco.launch import *; came = catch_signals(); signal.raise_signal(signal.SIGTERM);"
+    code = "import signal; from moco.run.launch import *; came = catch_signals(); signal.raise_signal(signal.SIGTERM);"
     done = run_script("-c", f"{code} print(len(came), flush=True); release_signals(came); print('went on')")
     assert done.stdout == "1\n" and done.returncode == -signal.SIGTERM
-    done = run_script("-c", "from moco.launch import *; release_signals(catch_signals()); print('went on')")
+    done = run_script("-c", "from moco.run.launch import *; release_signals(catch_signals()); print('went on')")
     assert done.stdout == "went on\n" and done.returncode == 0

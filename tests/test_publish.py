@@ -16,10 +16,10 @@ from hub import TOKEN, serving
 from safetensors.torch import load_file
 
 from moco.backbone import load_backbone, save_backbone
-from moco.checkpoint import weights_digest
+from moco.backbone.publish import check_push, push_backbone
 from moco.encoder import build_encoder
 from moco.errors import UserError
-from moco.publish import check_push, push_backbone
+from moco.run.checkpoint import weights_digest
 
 SETTINGS = {"recipe": "v2", "arch": "resnet10", "data": "shapes", "lr": 0.03, "versions": {"torch": "2.99"}}
 

@@ -37,7 +37,7 @@ def parse(script, flags, monkeypatch, processes=1):
     module = importlib.import_module(script.removesuffix(".py"))
     if not hasattr(module, "check_args"):
         return module.parse_args()
-    monkeypatch.setattr("moco.flags.check_output", lambda *_: None)  # makes the folder
+    monkeypatch.setattr("moco.run.flags.check_output", lambda *_: None)  # makes the folder
     try:
         args = module.parse_args()
     except UserError as error:
@@ -60,7 +60,7 @@ def test_a_command_of_the_pages_parses(words, monkeypatch):
         args = torch.distributed.run.get_args_parser().parse_args(rest)
         parse(args.training_script, args.training_script_args, monkeypatch, int(args.nproc_per_node))
     elif program == "python" and rest[0] == "-m":
-        parse(rest[1], rest[2:], monkeypatch)
+        parse(f"{rest[1]}.__main__", rest[2:], monkeypatch)
     elif program == "python":
         parse(rest[0], rest[1:], monkeypatch)
     elif program == "hf":  # the download is run by test_stream.py

@@ -7,7 +7,7 @@ import pytest
 import detect_transfer
 import linear_probe
 import train_moco
-from moco.detector import ANCHOR_SIZES
+from moco.detection.model import ANCHOR_SIZES
 
 
 @pytest.mark.parametrize(

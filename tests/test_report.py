@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moco.coco import encode_masks
-from moco.detection import objects
-from moco.report import annotated, save_detections, save_neighbours
-from moco.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.detection.coco import encode_masks
+from moco.detection.data import objects
+from moco.run.pictures import annotated, save_detections, save_neighbours
 
 
 def test_neighbours_of_another_class_alone_are_framed(tmp_path):

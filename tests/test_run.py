@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,10 +14,22 @@ from accelerate import Accelerator
 from conftest import ROOT, metrics_of, run_script
 from torch import nn
 
-from moco.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 from moco.errors import UserError
 from moco.jsonfile import write_json
-from moco.run import Run
+from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.run.run import Run
+
+
+class Images:
+    """As many as `images`; what their order depends on is the order itself."""
+
+    traffic = None
+
+    def __init__(self, images, fingerprint="f"):
+        self.images, self.fingerprint, self.order_state = range(images), lambda: fingerprint, lambda order: order
+
+    def __len__(self):
+        return len(self.images)
 
 
 @pytest.fixture
@@ -28,10 +41,13 @@ def start(tmp_path):
         module = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(module.weight)
         optimizer = torch.optim.SGD(module.parameters(), 1.0, momentum=0.9)
-        settings = {"data": "numbers", "backbone": "none"}
-        options = {"images": 40, "batch_size": 8, "total_steps": 10, "checkpoint_every": 4, "keep": 9} | options
-        options = {"fingerprint": "f"} | options
-        return Run(tmp_path, Accelerator(cpu=True), {"module": module}, optimizer, settings=settings, **options)
+        args = {"output": tmp_path, "data": "numbers", "backbone": "none", "resume": False, "evaluate": False}
+        args = Namespace(**args, batch_size=8, checkpoint_every=4, keep=9)
+        for name in args.__dict__.keys() & options.keys():
+            setattr(args, name, options.pop(name))
+        images = Images(options.pop("images", 40), options.pop("fingerprint", "f"))
+        total_steps = options.pop("total_steps", 10)
+        return Run(args, Accelerator(cpu=True), {"module": module}, optimizer, images, total_steps, **options)
 
     yield make
     for number, handler in before.items():
@@ -133,7 +149,7 @@ def test_a_signal_stops_after_a_saved_step(start, tmp_path, capsys, number, code
 def test_a_second_ctrl_c_ends_at_once_unless_a_launcher_repeats_the_first():
     code = """if True:
         import signal, time
-        from moco.launch import catch_signals
+        from moco.run.launch import catch_signals
         caught = catch_signals()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -148,7 +164,7 @@ def test_a_second_ctrl_c_ends_at_once_unless_a_launcher_repeats_the_first():
 @pytest.mark.parametrize("chosen", [True, False])
 def test_threads_that_the_user_chose_are_told_from_those_of_a_launcher(chosen):
     """accelerate launch hands a 1 on, whether it was given one or none."""
-    code = "from moco.launch import threads_were_chosen; print(threads_were_chosen())"
+    code = "from moco.run.launch import threads_were_chosen; print(threads_were_chosen())"
     launcher = f"""if True:
         import os, subprocess, sys
         environment = os.environ | {{"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}}
@@ -168,7 +184,7 @@ def test_cpu_threads_sleep_soon_while_they_wait(script):
 
 
 def test_a_checkpoint_is_due_when_the_last_is_long_ago(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.run.CHECKPOINT_SECONDS", 0.5)
+    monkeypatch.setattr("moco.run.run.CHECKPOINT_SECONDS", 0.5)
     run = start(checkpoint_every=100)
     for step in run.steps():
         if step == 3:
@@ -212,7 +228,7 @@ def test_other_data_or_another_backbone_is_refused(start):
         start(resume=True, backbone_sha256="a", fingerprint="g")
     with pytest.raises(UserError, match="--backbone none has changed"):
         start(resume=True, backbone_sha256="b")
-    with pytest.raises(UserError, match="damaged .step is 4 of 3.; remove"):
+    with pytest.raises(UserError, match="damaged .ValueError: step is 4 of 3.; remove"):
         start(resume=True, backbone_sha256="a", total_steps=3)
 
 

@@ -11,11 +11,9 @@ from PIL import Image
 from benchmarks.features import TARGETS, linear_predict
 from moco.augment import AUGMENTATIONS
 from moco.backbone import load_backbone
-from moco.data import load_splits
-from moco.decode import decode_image
-from moco.errors import UserError
-from moco.knn import knn_predict
-from moco.shapes import (
+from moco.data.decode import decode_image
+from moco.data.load import load_splits
+from moco.data.shapes import (
     CLASSES,
     PALETTES,
     PATTERNS,
@@ -26,6 +24,8 @@ from moco.shapes import (
     draw_scene,
     encode_jpeg,
 )
+from moco.errors import UserError
+from moco.knn import knn_predict
 
 
 def test_a_scene_depends_on_nothing_but_its_arguments():

@@ -19,21 +19,22 @@ from conftest import ROOT, run_script, write_parquet, write_three_files
 from hub import COMMIT, TOKEN, serving
 
 from moco.backbone import load_backbone
-from moco.batches import ordered_rows, train_batches
-from moco.checkpoint import read_metrics
-from moco.data import IndexedImages, count_classes, load_splits
+from moco.backbone.features import Features
+from moco.data.batches import ordered_rows, train_batches
+from moco.data.hub import Traffic
+from moco.data.load import IndexedImages, count_classes, load_splits
+from moco.data.order import Order, stream_rows
+from moco.data.parquet import ParquetImages, read_footer, read_footers
+from moco.data.shapes import draw_scene, encode_jpeg
 from moco.errors import UserError
-from moco.hub import Traffic
-from moco.knn import extract_features
-from moco.shapes import draw_scene, encode_jpeg
-from moco.stream import ParquetImages, read_footer, read_footers, stream_rows
+from moco.run.checkpoint import read_metrics
 
 GROUPS = np.array([7, 10, 10, 3, 10, 10, 6, 10, 10, 10, 1, 10, 10, 4])  # rows: 111
 
 
 def epoch_of_rows(start, steps, world, workers, seed=0, window=20, batch_size=8):
     """Rows of `steps` steps from `start` on, by process: [[[(epoch, row), ...] a step] a process]."""
-    rows = [stream_rows(GROUPS, batch_size, seed, start, rank, world, workers, window) for rank in range(world)]
+    rows = [stream_rows(GROUPS, Order(batch_size, seed, rank, world, workers, window), start) for rank in range(world)]
     return [[batch for batch, _ in itertools.islice(process, steps)] for process in rows]
 
 
@@ -66,7 +67,7 @@ def test_a_process_reads_its_share_and_one_group_more_a_worker():
     for world, workers in [(2, 2), (4, 3)]:
         for rank in range(world):
             touched = set()
-            batches = itertools.islice(stream_rows(groups, 20, 0, 0, rank, world, workers, 50), 100)
+            batches = itertools.islice(stream_rows(groups, Order(20, 0, rank, world, workers, 50), 0), 100)
             for step, (batch, _) in enumerate(batches):
                 touched |= {(step % workers, int(np.searchsorted(ends, row, "right"))) for _, row in batch}
             assert len(touched) <= 200 / world + 2 * workers
@@ -83,7 +84,7 @@ def test_rows_are_shuffled_across_groups_and_differ_between_epochs_and_seeds():
 
 def test_a_batch_names_the_groups_of_its_rows():
     ends = GROUPS.cumsum()
-    for batch, groups in itertools.islice(stream_rows(GROUPS, 8, 0, 0, 0, 1, 2, 5), 40):
+    for batch, groups in itertools.islice(stream_rows(GROUPS, Order(8, 0, workers=2, window=5), 0), 40):
         assert {int(np.searchsorted(ends, row, "right")) for _, row in batch} <= set(groups)
 
 
@@ -102,7 +103,7 @@ def test_a_stream_holds_the_rows_of_the_files(parquet_folder):
 def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(parquet_folder):
     def pixels(start, workers):
         images, _ = load_splits(str(parquet_folder))
-        rows = images.training_rows(8, 0, start, 0, 1, workers, 20)
+        rows = images.training_rows(Order(8, 0, workers=workers, window=20), start)
         batches = train_batches(images, 16, 0, "v2", rows, workers)
         return [next(batches)[0] for _ in range(start, 12)]
 
@@ -133,8 +134,8 @@ def test_features_of_a_stream_are_those_of_single_rows(parquet_folder, workers, 
     plain, _ = load_splits(str(tmp_path / "saved"))
     assert isinstance(plain, IndexedImages)
     backbone, rows = load_backbone("random", "resnet10")[0].eval(), [30, 31, 32, 5, 6, 70, 71]
-    features, labels, _ = extract_features(backbone, images, rows, 32, workers, Accelerator(cpu=True))
-    expected, expected_labels, _ = extract_features(backbone, plain, rows, 32, 0, Accelerator(cpu=True))
+    features, labels, _ = Features(backbone, 32, workers, Accelerator(cpu=True)).all(images, rows)
+    expected, expected_labels, _ = Features(backbone, 32, 0, Accelerator(cpu=True)).all(plain, rows)
     torch.testing.assert_close(features, expected)
     assert labels.equal(expected_labels)
 
@@ -235,7 +236,7 @@ def test_faults_of_the_server_change_nothing(hub, parquet_folder, monkeypatch, f
 
 def test_a_connection_that_stalls_is_given_up_and_tried_again(hub, parquet_folder, monkeypatch):
     hub.here(monkeypatch)
-    monkeypatch.setattr("moco.hub.TIMEOUT", 0.5)
+    monkeypatch.setattr("moco.data.hub.TIMEOUT", 0.5)
     assert_same_rows(hub, parquet_folder, ["stall", None, "stall"])
 
 
@@ -253,7 +254,7 @@ def test_evaluation_asks_for_each_row_group_once(hub, parquet_folder, monkeypatc
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     images = ParquetImages(paths, read_footers(paths, Traffic()), "image", "label", Traffic())
     hub.reads.clear()
-    extract_features(load_backbone("random", "resnet10")[0].eval(), images, range(75), 32, 2, Accelerator(cpu=True))
+    Features(load_backbone("random", "resnet10")[0].eval(), 32, 2, Accelerator(cpu=True)).all(images, range(75))
     assert len(hub.reads) == len(set(hub.reads)) == 9 and len(hub.resolves()) == 3
 
 
@@ -299,7 +300,8 @@ def test_files_of_the_hub_are_downloaded_once_and_found_without_it(tmp_path):
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(
         f"  - {{split: {split}, path: {split}-*}}\n" for split in ("train", "test", "extra")) + "---\n")  # fmt: skip
     local, tested = load_splits(str(folder))
-    code = "import json; from moco.data import load_splits; images, tested = load_splits('some/one', streaming=False);"
+    code = "import json; from moco.data.load import load_splits as load;"
+    code += "images, tested = load('some/one', no_streaming=True);"
     code += "labels = [images[i]['label'] for i in range(75)]; disk = images.traffic.totals()[2];"
     code += "print(json.dumps([labels, images.fingerprint(), tested.fingerprint(), disk > 0]))"
     with serving(tmp_path / "served") as hub:

@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moco.augment import ViewAugment, sample_params
-from moco.batches import train_batches
-from moco.checkpoint import read_metrics
-from moco.data import load_splits
+from moco.data.batches import train_batches
+from moco.data.load import load_splits
+from moco.data.order import Order
+from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.encoder import build_encoder
-from moco.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.run.checkpoint import read_metrics
 from moco.shuffle import shuffle_order
 
 SPENT = ("data", "checkpoint", "knn", "picture")
@@ -67,7 +68,7 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
     queue = F.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1).T  # CxK
     optimizer = torch.optim.SGD(f_q.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
     images = load_splits(str(folder))[0]
-    rows = images.training_rows(16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    rows = images.training_rows(Order(16, 0), 0)
     batches = train_batches(images, 32, 0, "v2", rows, workers=0)
     for step in range(4):
         x_q, x_k = ViewAugment("v2")(next(batches)[0], sample_params("v2", 16, 0, step))
@@ -122,7 +123,7 @@ def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_pat
     f = build_encoder("resnet10", dim=16, head="mlp").to(memory_format=torch.channels_last)  # or sums round otherwise
     optimizer = torch.optim.SGD(f.parameters(), lr=0.3 * 16 / 256, momentum=0.9, weight_decay=1e-6)
     images = load_splits(str(folder))[0]
-    rows = images.training_rows(16, 0, start=0, rank=0, world=1, workers=0, window=800)
+    rows = images.training_rows(Order(16, 0), 0)
     batches = train_batches(images, 32, 0, "simclr", rows, workers=0)
     for step, line in enumerate(logged):
         views = ViewAugment("simclr")(next(batches)[0], sample_params("simclr", 16, 0, step))

@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from moco.detection import micro_batch_rows, resized_shape
+from moco.detection.data import micro_batch_rows, resized_shape
+from moco.detection.voc import evaluate_voc
 from moco.schedule import warmup_step_rate
-from moco.voc import evaluate_voc
 
 
 def per_image(description):

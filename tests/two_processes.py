@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from moco.backbone import load_backbone
-from moco.detection import SCENE_SIZE, DetectionImages, objects
-from moco.detector import build_detector, detect, precise_statistics
-from moco.shapes import draw_scene, encode_jpeg
+from moco.data.shapes import draw_scene, encode_jpeg
+from moco.detection.data import SCENE_SIZE, DetectionImages, objects
+from moco.detection.model import build_detector, detect, precise_statistics
 
 
 def seen(accelerator):

@@ -3,8 +3,8 @@
 import torch
 from accelerate import Accelerator
 
-from moco.checkpoint import check_equal_state
 from moco.contrast import KeyQueue
+from moco.run.checkpoint import check_equal_state
 
 accelerator = Accelerator()
 equal = KeyQueue(4, 2, torch.Generator().manual_seed(0))

@@ -10,10 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from moco.errors import UserError, first_line
-from moco.jsonfile import is_numeric, is_object, is_whole, read_json, sync, write_json
+from moco.errors import UserError, explained
+from moco.jsonfile import DAMAGE, reading_json, sync, write_json
 
-STATE = {"step": is_whole, "sha256": is_object}  # what state.json holds, whoever wrote it
 EVALUATION = ('"knn"', '"top1"', '"AP"')  # keys of metrics.jsonl that stand in few of its lines
 
 
@@ -25,7 +24,8 @@ def save_checkpoint(folder, step, tensors, state, keep):
     written, on a full disk for example.
     """
     final, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    try:
+    again = "make room, then continue with --resume"
+    with explained(f"{final} cannot be written", again, OSError, SafetensorError, alone=True):
         for left_over in folder.glob(".step_*.partial"):  # of a kill while saving
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
@@ -38,10 +38,6 @@ def save_checkpoint(folder, step, tensors, state, keep):
             checksums[path.name] = hashlib.sha256(data).hexdigest()
         write_json(partial / "state.json", {"step": step, "sha256": checksums, **state})
         sync(partial)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{final} cannot be written ({first_line(error)}); make room, then continue with --resume", alone=True
-        ) from error
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     sync(folder)
@@ -81,32 +77,29 @@ def complete_checkpoints(folder):
     """The checkpoints in `folder` that have all of their files, oldest first."""
 
     def is_complete(path):
-        if not (path / "state.json").exists():
-            return False
         try:
-            names = read_json(path / "state.json", STATE, "")["sha256"]
-        except UserError:
+            names = json.loads((path / "state.json").read_text())["sha256"]
+            return all((path / name).exists() for name in names)
+        except FileNotFoundError:
+            return False
+        except DAMAGE:
             return True  # nothing is missing, but damaged, which load_checkpoint reports
-        return all((path / name).exists() for name in names)
 
     numbered = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
     return sorted(filter(is_complete, numbered), key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def load_checkpoint(path, fields=None):
-    """Read a checkpoint back: ({file name: {key: tensor}}, state). Raises UserError if a file is damaged.
-
-    fields: {key of the state: whether a value is good}, besides those that every checkpoint has.
-    """
+def load_checkpoint(path):
+    """Read a checkpoint back: ({file name: {key: tensor}}, state). Raises UserError if a file is damaged."""
     tensors, remedy = {}, f"remove {path} to resume from the checkpoint before it"
-    state = read_json(path / "state.json", STATE | (fields or {}), remedy)
-    if f"step_{state['step']}" != path.name:
-        raise UserError(f"{path / 'state.json'} is damaged (step is {state['step']}); {remedy}")
-    for name, expected in state["sha256"].items():
-        data = (path / name).read_bytes() if (path / name).is_file() else b""
-        if hashlib.sha256(data).hexdigest() != expected:
-            raise UserError(f"{path / name} is damaged or missing (its checksum differs); {remedy}")
-        tensors[name.removesuffix(".safetensors")] = load(data)
+    with reading_json(path / "state.json", remedy) as state:
+        if f"step_{state['step']}" != path.name:
+            raise ValueError(f"step is {state['step']}")
+        for name, expected in state["sha256"].items():
+            data = (path / name).read_bytes() if (path / name).is_file() else b""
+            if hashlib.sha256(data).hexdigest() != expected:
+                raise UserError(f"{path / name} is damaged or missing (its checksum differs); {remedy}")
+            tensors[name.removesuffix(".safetensors")] = load(data)
     return tensors, state
 
 
@@ -147,7 +140,7 @@ def read_metrics(path, points=None):
     points: of a longer file so many lines at equal distances, and all with an EVALUATION in them, for a picture.
     Raises UserError if the file is missing or damaged.
     """
-    try:
+    with explained(f"{path} is damaged or missing", "an empty file in its place will do", *DAMAGE):
         lines = path.read_text().splitlines()
         if lines and not lines[-1].endswith("}"):
             lines.pop()
@@ -155,14 +148,7 @@ def read_metrics(path, points=None):
             chosen = {i * (len(lines) - 1) // (points - 1) for i in range(points)}
             lines = [line for i, line in enumerate(lines) if i in chosen or any(key in line for key in EVALUATION)]
         parsed = [json.loads(line) for line in lines]
-        for line in parsed:
-            if not isinstance(line, dict) or not is_whole(line.get("step")) or not all(map(is_numeric, line.values())):
-                raise ValueError(f"a line is {line!r:.60}")
-        return parsed
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged or missing ({first_line(error)}); an empty file in its place will do"
-        ) from error
+        return [line for line in parsed if line["step"] >= 0]  # each has one
 
 
 def trim_metrics(path, step):

@@ -10,28 +10,29 @@ import torch
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from moco.augment import AUGMENTATIONS, MEAN, STD, ViewAugment, random_crop_boxes, sample_params
-from moco.batches import CropPairs, crop_generator
-from moco.checkpoint import read_metrics
-from moco.coco import decode_masks
-from moco.decode import UNDECODABLE, read_image
-from moco.detection import decode_stored
+from moco.data.batches import crop_generator, crop_pairs
+from moco.data.decode import UNDECODABLE, read_image
+from moco.detection.coco import decode_masks
+from moco.detection.data import decode_stored
+from moco.run.checkpoint import read_metrics
 
 CURVE_POINTS = 400  # drawn of a log at most: every line of a long one would take seconds
 
 
-def save_views(path, dataset, rows, recipe, size, batch_size, seed):
+def save_views(path, dataset, rows, args):
     """Images of the first step, a column each: the image with its two crops, the query view and the key view.
 
-    rows: [(epoch, index), ...], the first of process 0 in step 0. The views are what the encoders get, made by the same
-    functions; only the normalisation is undone.
+    rows: [(epoch, index), ...], the first of process 0 in step 0. args: the flags of the training. The views are what
+    the encoders get, made by the same functions; only the normalisation is undone.
     """
+    recipe, size, seed = args.augment, args.image_size, args.seed
     images = [read_image(dataset, index)[0] for _, index in rows]
     boxes = [
         random_crop_boxes(*image.shape[:2], crop_generator(seed, *row), AUGMENTATIONS[recipe]["crop"])
         for image, row in zip(images, rows)
     ]
-    views, _ = CropPairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"])[rows, ()]
-    params = sample_params(recipe, batch_size, seed, step=0)
+    views, *_ = crop_pairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"])[rows, ()]
+    params = sample_params(recipe, args.batch_size, seed, step=0)
     pair = ViewAugment(recipe)(views, {name: values[: len(rows)] for name, values in params.items()})
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
@@ -59,29 +60,20 @@ def save_curves(path, metrics, candidates):
     metrics: path of metrics.jsonl. candidates: how many the positive is among, for the chance level: 1 + K, or
     SimCLR's 2N - 1.
     """
-    lines = read_metrics(metrics, CURVE_POINTS)
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    panels = [
-        ("loss", "contrastive loss", "tab:blue"),
-        ("accuracy", "contrast accuracy, %", "tab:orange"),
-        ("knn", "kNN accuracy, %", "tab:green"),
-        ("lr", "learning rate", "tab:gray"),
-    ]
-    for ax, (key, title, color) in zip(axes.flat, panels, strict=True):
-        points = [(line["epoch"], line[key]) for line in lines if key in line]
-        if points:
-            ax.plot(*zip(*points, strict=True), color=color, marker="o" if key == "knn" or len(points) == 1 else None)
-        ax.set_title(title)
-        ax.grid(alpha=0.3)
-    chance = math.log(candidates)
+    lines, chance = read_metrics(metrics, CURVE_POINTS), math.log(candidates)
     scores = [line["knn"] for line in lines if "knn" in line]
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    draw_curves(axes[0, 0], lines, "epoch", "contrastive loss", {"loss": None}, color="tab:blue")
+    draw_curves(axes[0, 1], lines, "epoch", "contrast accuracy, %", {"accuracy": None}, color="tab:orange")
+    draw_curves(axes[1, 0], lines, "epoch", "kNN accuracy, %", {"knn": None}, color="tab:green")
+    draw_curves(axes[1, 1], lines, "epoch", "learning rate", {"lr": None}, color="tab:gray")
     levels = [(axes[0, 0], chance, f"chance, log({candidates}) = {chance:.2f}")]
     levels += [(axes[1, 0], scores[0], f"random backbone, {scores[0]:.1f} %")] if scores else []
     for ax, level, label in levels:
         ax.axhline(level, color="black", linestyle="--", linewidth=1, label=label)
         ax.legend()
-    for ax in axes[1]:
-        ax.set_xlabel("epoch")
+    for ax in axes[0]:
+        ax.set_xlabel("")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -90,31 +82,32 @@ def save_detection_curves(path, metrics):
     """The parts of a detector's loss, AP and learning rate over iterations. metrics: path of metrics.jsonl."""
     lines = read_metrics(metrics, CURVE_POINTS)
     parts = {key: key.removeprefix("loss_").replace("_", " ") for key in (lines[0] if lines else ()) if "loss_" in key}
-    panels = [
-        ("losses", parts),
-        ("AP, %", {key: key for key in ("AP", "AP50", "AP75")}),
-        ("learning rate", {"lr": None}),
-    ]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for ax, (title, keys) in zip(axes, panels, strict=True):
-        for key, label in keys.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                marker = "o" if "AP" in key or len(points) == 1 else None
-                ax.plot(*zip(*points, strict=True), label=label, marker=marker)
-        if len(ax.lines) > 1:
-            ax.legend()
-        ax.set_title(title)
-        ax.set_xlabel("iteration")
-        ax.grid(alpha=0.3)
+    draw_curves(axes[0], lines, "step", "losses", parts)
+    draw_curves(axes[1], lines, "step", "AP, %", {key: key for key in ("AP", "AP50", "AP75")})
+    draw_curves(axes[2], lines, "step", "learning rate", {"lr": None})
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_curves(ax, lines, x, title, keys, color=None):
+    """Numbers of a log over its "epoch" or "step". keys: {number: its label, or None}; what is rare is marked."""
+    for key, label in keys.items():
+        points = [(line[x], line[key]) for line in lines if key in line]
+        if points:
+            marker = "o" if "AP" in key or key == "knn" or len(points) == 1 else None
+            ax.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
+    if len(ax.lines) > 1:
+        ax.legend()
+    ax.set_title(title)
+    ax.set_xlabel({"step": "iteration"}.get(x, x))
+    ax.grid(alpha=0.3)
 
 
 def save_detections(path, records, predictions, classes, images=6, threshold=0.5):
     """Every tenth test image with objects, a column each: these above, below what is found with a score of `threshold`.
 
-    records, predictions: of moco.detection and `moco.detector.detect`, in the same order.
+    records, predictions: of moco.detection.data and `moco.detection.model.detect`, in the same order.
     """
     chosen = [index for index, record in enumerate(records) if len(record["boxes"])][: 10 * images : 10] or [0]
     figure, axes = plt.subplots(2, len(chosen), figsize=(3 * len(chosen), 6.6), squeeze=False, layout="constrained")

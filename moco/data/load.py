@@ -14,14 +14,15 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from moco.cache import RowGroupCache
-from moco.decode import is_transparent
-from moco.errors import UserError, first_line
-from moco.folder import TEST, TRAIN, folder_splits
-from moco.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
+from moco.data.cache import RowGroupCache
+from moco.data.decode import is_transparent, read_image
+from moco.data.folder import TEST, TRAIN, folder_splits
+from moco.data.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
+from moco.data.order import GroupedImages, batch_rows
+from moco.data.parquet import ParquetImages, read_footers
+from moco.data.shapes import shapes_dataset
+from moco.errors import UserError, explained, first_line
 from moco.jsonfile import write_json
-from moco.shapes import shapes_dataset
-from moco.stream import ParquetImages, read_footers
 
 MAX_CLASSES = 1_000_000  # numbers beyond are no labels
 LOOKED_AT = 64  # images whose headers are read at the start
@@ -31,19 +32,21 @@ STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
 # ---- rows that can be read one by one
 
 
-class IndexedImages:
+class IndexedImages(GroupedImages):
     """A Hugging Face dataset as a sequence of {"image": {"bytes", "path"}, "label"}, of which any row is cheap to read.
 
-    It has the methods of `moco.stream.ParquetImages`, so that nothing else needs to know which of the two it reads.
+    It has the methods of `ParquetImages`, so that nothing else needs to know which of the two it reads.
     """
 
     traffic = cache = None  # it is not streamed
 
     def __init__(self, dataset):
+        super().__init__(np.ones(len(dataset)))
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
 
-    def __len__(self):
-        return len(self.dataset)
+    def select_groups(self, rows):
+        """These rows alone, in their own order, as a sequence of their own."""
+        return IndexedImages(self.dataset.select(np.sort(rows)))
 
     def __getitem__(self, row):
         return self.dataset[row]
@@ -70,27 +73,13 @@ class IndexedImages:
         labels = np.asarray(self.dataset["label"])
         return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
 
-    def training_rows(self, batch_size, seed, start, rank, world, workers, window):
+    def training_rows(self, order, start):
         """Endless ([(epoch, row), ...], ()), a batch of one process each; see `batch_rows`."""
-        return ((rows, ()) for rows in batch_rows(len(self), batch_size, seed, start, rank, world))
+        return ((rows, ()) for rows in batch_rows(len(self), order, start))
 
-    def order(self, world, workers, window):
+    def order_state(self, order):
         """What else the order of the rows depends on: nothing."""
         return {}
-
-    def sample(self, n):
-        """A fixed random sample of n rows, or all if there are fewer."""
-        return np.random.default_rng([*b"sample"]).permutation(len(self))[:n].tolist()
-
-    def split(self, rows, parts):
-        """A sequence of rows in contiguous parts, [(position of its first row, rows), ...]; some may be empty."""
-        cuts = [part * len(rows) // parts for part in range(parts + 1)]
-        return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
-
-    def hold_out(self, images, purpose, seed):
-        """(the rest, `images` random rows). purpose: bytes that tell this choice from others."""
-        order = np.random.default_rng([*purpose, seed]).permutation(len(self))
-        return tuple(IndexedImages(self.dataset.select(np.sort(rows))) for rows in (order[images:], order[:images]))
 
     def row_groups(self, rows):
         """Nothing to read ahead."""
@@ -98,21 +87,6 @@ class IndexedImages:
 
     def keep(self, groups):
         """Nothing to keep."""
-
-
-def batch_rows(images, batch_size, seed, start, rank, world):
-    """Endless [(epoch, index), ...] of one process, from step `start` on.
-
-    Each epoch is a fresh permutation of all images. What is left over below a batch is dropped, other images each time.
-    """
-    steps_per_epoch, n = images // batch_size, batch_size // world
-    permuted = None
-    for step in itertools.count(start):
-        epoch, position = divmod(step, steps_per_epoch)
-        if permuted is None or position == 0:
-            permuted = np.random.default_rng([*b"order", seed, epoch]).permutation(images)
-        first = position * batch_size + rank * n
-        yield [(epoch, index) for index in permuted[first : first + n].tolist()]
 
 
 def size_of(path):
@@ -123,13 +97,15 @@ def size_of(path):
 # ---- a name -> datasets with the columns "image" (not decoded) and, where there are labels, "label"
 
 
-def load_splits(name, image_column=None, label_column=None, revision=None, streaming=True, cache=None, cache_gb=None):
+def load_splits(
+    name, image_column=None, label_column=None, revision=None, no_streaming=False, cache=None, cache_gb=None
+):
     """The images that `name` stands for, as (train, test) sequences of rows; test is None if there is no such split.
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
     USER/NAME on the Hub. revision: of a Hub name, None for main.
-    Parquet files are read by row group (ParquetImages), on the Hub if streaming, and otherwise after they were
-    downloaded. Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets` is
+    Parquet files are read by row group (ParquetImages), on the Hub or with no_streaming after they were downloaded.
+    Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets` is
     downloaded or converted once a machine, and kept on disk. cache: a folder that keeps what is streamed from the Hub,
     at most cache_gb GB (None: as RowGroupCache has it), or None for no cache.
     All processes call it together. Raises UserError for a name, folder or column that does not exist.
@@ -139,21 +115,15 @@ def load_splits(name, image_column=None, label_column=None, revision=None, strea
         raise UserError(f"--revision {revision} names a version on the Hub, which --data {name} is not; leave it out")
     if cache_gb and not cache:
         raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
-    try:
-        splits = find_splits(name, here, revision, streaming)
+    kinds = (OSError, ValueError, datasets.exceptions.DatasetsError)
+    terms = f"accept the terms on https://huggingface.co/datasets/{name}, then run `hf auth login`"
+    with (
+        explained(f"--data {name} cannot be read as images", "docs/data.md says what can", *kinds),
+        explained(f"--data {name} is not open to you", terms, datasets.exceptions.DatasetNotFoundError),
+    ):
+        splits = find_splits(name, here, revision, not no_streaming)
         if isinstance(splits[0], list):
             splits = parquet_splits(name, splits, image_column, label_column, cache, cache_gb)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        if revision is not None and "evision" in str(error):
-            raise UserError(f"--revision {revision} is not in {name}: {first_line(error)}") from error
-        raise UserError(
-            f"--data {name} is not open to you ({first_line(error)}); accept the terms on"
-            f" https://huggingface.co/datasets/{name}, then run `hf auth login`"
-        ) from error
-    except UserError:
-        raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"--data {name} cannot be read as images: {first_line(error)}") from error
     splits = tuple(
         IndexedImages(select_columns(split, name, image_column, label_column))
         if isinstance(split, datasets.Dataset)
@@ -178,7 +148,7 @@ def find_splits(name, here, revision, streaming):
         with PartialState().local_main_process_first():  # drawn once a machine
             return shapes_dataset("train"), shapes_dataset("test")
     folder, downloads = Path(name), None if here else downloads_of(name, revision)
-    if not here and not check_hub_name(name, downloads):
+    if not here and not check_hub_name(name, downloads, revision):
         return json.loads(downloads.read_text())
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         splits = datasets.load_from_disk(name)
@@ -271,15 +241,18 @@ def print_costs(train, test, cache):
         print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
 
 
-def check_hub_name(name, downloads=None):
+def check_hub_name(name, downloads=None, revision=None):
     """Whether the Hub has to be asked for a name; False if it does not answer and `downloads` lists what is here.
 
-    Raises UserError at once for a name that the Hub does not have, and if it does not answer and nothing is here.
+    Raises UserError at once for a name or revision that the Hub does not have, and if it does not answer and nothing is
+    here.
     """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or ".." in name:
         raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
     try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=20)
+        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20)
+    except huggingface_hub.errors.RevisionNotFoundError as error:
+        raise UserError(f"--revision {revision} is not in {name} ({first_line(error)}); name another") from error
     except huggingface_hub.errors.HfHubHTTPError as error:
         raise UserError(
             f"--data {name} is neither a folder here nor a dataset you can read on the Hub ({first_line(error)}); check"
@@ -322,10 +295,16 @@ def select_columns(dataset, name, image_column, label_column):
     image_column, label_column = choose_columns(dataset.features, name, image_column, label_column)
     dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
     dataset = dataset.rename_columns({image_column: "image"} | ({label_column: "label"} if label_column else {}))
-    try:
+    what = f"--image-column {image_column} of {name} does not hold images"
+    with explained(what, "name another", TypeError, ValueError, NotImplementedError):
         return dataset.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--image-column {image_column} of {name} does not hold images: {first_line(error)}") from error
+
+
+def check_trainable(train_set, batch_size, name):
+    """Raise UserError unless there is a batch of images, and one that can be decoded."""
+    if len(train_set) < batch_size:
+        raise UserError(f"--data {name} has {len(train_set)} images, fewer than a batch of {batch_size}")
+    read_image(train_set, 0)
 
 
 def label_kind(dataset):

@@ -1,14 +1,9 @@
-"""Images in parquet files, on the Hub or on disk, read by row group as a plan says, without a copy of the data.
+"""Images in parquet files, on the Hub or on disk, read by row group, without a copy of the data.
 
-The plan is a function of (seed, epoch): a permutation of all row groups, cut at exact row counts into one part for each
-worker of each process, and each part into windows of some hundred rows that are shuffled. So every process takes the
-same number of steps and reads only its share, no image comes twice in an epoch, and a run resumes at any step by
-skipping windows without reading them. The streams of `datasets` do none of this if the number of files is not divisible
-by the number of processes. Evaluation reads in order instead: each worker of each process reads some row groups that
-lie together, and no row group is read twice.
-
-A worker holds the row groups of its window and of the next, which it reads ahead: about
-2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups if these are larger.
+Training reads them as `stream_rows` says. Evaluation reads in order: each worker of each process reads some row groups
+that lie together, and no row group is read twice. A worker holds the row groups of its window and of the next, which it
+reads ahead: about 2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups if
+these are larger.
 """
 
 import copy
@@ -20,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
-import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moco.cache import read_ranges
+from moco.data.cache import read_ranges
+from moco.data.hub import is_remote, read_range
+from moco.data.order import GroupedImages, stream_rows
 from moco.errors import UserError
-from moco.hub import is_remote, read_range
 
 READERS = 4  # row groups a worker reads at a time
 FOOTER_READERS = 16  # footers a process reads at a time
@@ -36,17 +32,13 @@ FOOTER_BYTES = 2**16  # guess of a footer's size; a second request fetches the r
 # ---- files
 
 
-class Pieces(io.RawIOBase):
+class Pieces:
     """Some byte ranges of a file, {first byte: bytes}, as a file that pyarrow can read."""
+
+    closed = False
 
     def __init__(self, pieces, size):
         self.pieces, self.size, self.position = pieces, size, 0
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
 
     def seek(self, offset, whence=io.SEEK_SET):
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
@@ -73,7 +65,7 @@ def read_footer(path, traffic):
         raise UserError(f"{path} is no parquet file")
     if length > len(tail):
         tail, _ = read_range(path, size - length, size, traffic)
-    return pq.read_metadata(Pieces({size - len(tail): tail}, size))
+    return pq.read_metadata(pa.BufferReader(tail))
 
 
 def read_footers(paths, traffic):
@@ -85,7 +77,7 @@ def read_footers(paths, traffic):
 # ---- rows
 
 
-class ParquetImages:
+class ParquetImages(GroupedImages):
     """Parquet files as a sequence of {"image": {"bytes", "path"}, "label"}, read by row group when asked for.
 
     paths: on disk or hf://. footers: what `read_footers` gave. image_column, label_column (or None): their names.
@@ -104,9 +96,8 @@ class ParquetImages:
 
     def set_groups(self, groups):
         """Hold these row groups, [(file, index in it), ...], in this order."""
+        super().__init__([self.footers[file].row_group(i).num_rows for file, i in groups])
         self.groups = groups
-        self.rows_in_group = np.array([self.footers[file].row_group(i).num_rows for file, i in groups], dtype=np.int64)
-        self.first_row = np.concatenate([[0], self.rows_in_group.cumsum()])
         self.pool, self.owner, self.reading, self.last = None, None, {}, (None, None)
 
     def select_groups(self, numbers):
@@ -114,9 +105,6 @@ class ParquetImages:
         part = copy.copy(self)
         part.set_groups([self.groups[number] for number in sorted(numbers)])
         return part
-
-    def __len__(self):
-        return int(self.first_row[-1])
 
     def fingerprint(self):
         """Of what the order of rows depends on: base names and row counts, not where the files lie."""
@@ -146,52 +134,19 @@ class ParquetImages:
             ends |= ({-1} if nulls else set()) | {smallest, largest} - {None}
         return min(ends), max(ends)
 
-    # ---- the methods that moco.data.IndexedImages has too
-
-    def training_rows(self, batch_size, seed, start, rank, world, workers, window):
+    def training_rows(self, order, start):
         """Endless ([(epoch, row), ...], row groups to read ahead), a batch of one process each; see `stream_rows`."""
-        return stream_rows(self.rows_in_group, batch_size, seed, start, rank, world, workers, window)
+        return stream_rows(self.rows_in_group, order, start)
 
-    def order(self, world, workers, window):
-        """What else the order of the rows depends on."""
-        return {"processes": world, "workers": max(1, workers), "window": window}
+    def order_state(self, order):
+        """What the order of the rows depends on besides the flags that a resumed run may not change."""
+        return {"processes": order.world, "workers": max(1, order.workers), "window": order.window}
 
-    def sample(self, n):
-        """A fixed sample of n rows, or all if there are fewer: those of random row groups."""
-        rows = []
-        for group in np.random.default_rng([*b"sample"]).permutation(len(self.rows_in_group)):
-            if len(rows) >= n:
-                break
-            rows += range(self.first_row[group], self.first_row[group + 1])
-        return rows[:n]
-
-    def split(self, rows, parts):
-        """A sequence of rows in contiguous parts, [(position of its first row, rows), ...]; some may be empty.
-
-        Cut between row groups, so that each is read for one part alone.
-        """
-        starts = np.flatnonzero(np.diff(self.groups_of(rows), prepend=-1, append=-2))
-        cuts = starts[np.searchsorted(starts, np.arange(parts + 1) * len(rows) // parts)].tolist()
-        return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
-
-    def hold_out(self, images, purpose, seed):
-        """(the rest, at least `images` rows): random row groups. Raises UserError if there are too few of them."""
-        order = np.random.default_rng([*purpose, seed]).permutation(len(self.groups))
-        count = int(np.searchsorted(self.rows_in_group[order].cumsum(), images)) + 1
-        if count >= len(order):
-            raise UserError(
-                f"the training data has {len(order)} row groups, too few to hold {images} of {len(self)} images out; of"
-                " what `datasets` saves with save_to_disk, given as --data FOLDER, single images are held out"
-            )
-        return self.select_groups(order[count:]), self.select_groups(order[:count])
+    # ---- reading
 
     def row_groups(self, rows):
         """The row groups of `rows`, each once, in order: what to `keep` while these rows are read."""
         return list(dict.fromkeys(self.groups_of(rows).tolist()))
-
-    def groups_of(self, rows):
-        """The row group that each of `rows` is in."""
-        return np.searchsorted(self.first_row, rows, "right") - 1
 
     def __getitem__(self, row):
         group = int(self.groups_of(row))
@@ -248,82 +203,3 @@ def chunk_range(chunk):
     """[start, end) in bytes of a column chunk."""
     starts = [chunk.data_page_offset] + ([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])
     return min(starts), min(starts) + chunk.total_compressed_size
-
-
-# ---- the plan
-
-
-def part_windows(rows_in_group, seed, epoch, part, low, high, window):
-    """Rows [low, high) of an epoch's order of row groups, as [(shuffled rows, row groups), ...].
-
-    part: any ints that name it, the source of its shuffle. window: rows; it ends with the row group that reaches it.
-    Yields arrays of row numbers and lists of row group numbers.
-    """
-    order = np.random.default_rng([*b"groups", seed, epoch]).permutation(len(rows_in_group))
-    ends = rows_in_group[order].cumsum()
-    starts = ends - rows_in_group[order]
-    # The number of a row is its position in this order and the shift of its row group.
-    shift = rows_in_group.cumsum()[order] - ends
-    rng = np.random.default_rng([*b"windows", seed, epoch, *part])
-    while low < high:
-        first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, min(low + window, high), "left")
-        stop = min(int(ends[last]), high)
-        rows_of_each = np.minimum(ends[first : last + 1], stop) - np.maximum(starts[first : last + 1], low)
-        rows = np.arange(low, stop) + np.repeat(shift[first : last + 1], rows_of_each)
-        rng.shuffle(rows)
-        yield rows, order[first : last + 1].tolist()
-        low = stop
-
-
-def worker_windows(rows_in_group, batch_size, seed, start, rank, world, worker, workers, window):
-    """Endless (epoch, rows, row groups) of one worker of one process, from the window that step `start` is in.
-
-    The first window comes without the rows of the steps before `start`. Steps go to workers in turn.
-    """
-    steps_per_epoch, n = int(rows_in_group.sum()) // batch_size, batch_size // world
-
-    def steps_before(step, worker):
-        return (step - worker + workers - 1) // workers
-
-    for epoch in itertools.count(start // steps_per_epoch):
-        first, last = epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch
-        rows = [(steps_before(last, w) - steps_before(first, w)) * n for w in range(workers)]
-        low = rank * steps_per_epoch * n + sum(rows[:worker])
-        skip = max(0, steps_before(start, worker) - steps_before(first, worker)) * n
-        for shuffled, groups in part_windows(
-            rows_in_group, seed, epoch, (rank, worker), low, low + rows[worker], window
-        ):
-            if skip < len(shuffled):
-                yield epoch, shuffled[skip:], groups
-            skip = max(0, skip - len(shuffled))
-
-
-def worker_batches(windows, n):
-    """Endless ([(epoch, row), ...] of n rows, row groups to have: of these rows, then of the next window)."""
-    (epoch, rows, groups), ahead = next(windows), next(windows)
-    while True:
-        used = groups
-        while len(rows) < n:  # a part of an epoch is whole batches, so these are of the same epoch
-            rows, groups = np.concatenate([rows, ahead[1]]), ahead[2]
-            used, ahead = used + groups, next(windows)
-        yield [(epoch, row) for row in rows[:n].tolist()], used + ahead[2]
-        rows = rows[n:]
-        if len(rows) == 0:
-            (epoch, rows, groups), ahead = ahead, next(windows)
-
-
-def stream_rows(rows_in_group, batch_size, seed, start, rank, world, workers, window):
-    """Endless batches of one process from step `start` on, as `worker_batches` has them.
-
-    Worker step % workers reads the batch of a step, which is how a DataLoader hands batches out.
-    """
-    workers = max(1, workers)
-    batches = [
-        worker_batches(
-            worker_windows(rows_in_group, batch_size, seed, start, rank, world, worker, workers, window),
-            batch_size // world,
-        )
-        for worker in range(workers)
-    ]
-    for step in itertools.count(start):
-        yield next(batches[step % workers])

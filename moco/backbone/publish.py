@@ -6,11 +6,12 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors.torch import load_file
 
-from moco.checkpoint import weights_digest
-from moco.errors import UserError, first_line
-from moco.jsonfile import is_numeric, is_object, is_text, is_whole, or_absent, read_json
+from moco.errors import UserError, explained
+from moco.jsonfile import reading_json
+from moco.run.checkpoint import weights_digest
 
 PUBLISHED = ("model.safetensors", "config.json", "README.md", "curves.png")
 PAPERS = {
@@ -36,7 +37,12 @@ def push_backbone(run, name, private=False):
     folder = prepare_folder(Path(run), name)
     private_flag = " --private" if private else ""
     again = f"everything is in {folder}, so try again with `python -m moco.backbone push {run} {name}{private_flag}`"
-    try:
+    rights = "the name must begin with your user name or organisation, and `hf auth login` needs a token that may write"
+    with (
+        explained("the Hub cannot be reached", again),
+        explained(f"the Hub does not take {name}", f"{rights}; {again}", HfHubHTTPError),
+        explained(f"{name} cannot be pushed to", again, HFValidationError, LocalTokenNotFoundError),
+    ):
         api = huggingface_hub.HfApi()
         url = api.create_repo(name, private=private or None, exist_ok=True)  # None: as the organisation has it
         if private and not api.repo_info(url.repo_id).private:
@@ -47,34 +53,22 @@ def push_backbone(run, name, private=False):
             allow_patterns=list(PUBLISHED),
             commit_message="Upload the backbone and its card",
         )
-    except UserError:
-        raise
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalTokenNotFoundError) as error:
-        raise UserError(f"{name} cannot be pushed to ({first_line(error)}); {again}") from error
-    except huggingface_hub.errors.HfHubHTTPError as error:
-        raise UserError(
-            f"the Hub does not take {name} ({first_line(error)}); the name must begin with your user name or"
-            f" organisation, and `hf auth login` needs a token that may write; {again}"
-        ) from error
-    except Exception as error:  # no network, no answer: each client library has its own exceptions
-        raise UserError(f"the Hub cannot be reached ({first_line(error)}); {again}") from error
     return str(url)
 
 
 def check_push(name):
     """Raise UserError before a run whose push to `name` at its end could not succeed without a login."""
-    try:
+    later = "`hf auth login`, or leave the flag out and `python -m moco.backbone push` when the run is done"
+    with (
+        explained(f"--push-to-hub {name}: the Hub refuses your login or cannot be reached", later),
+        explained(
+            f"--push-to-hub {name}", "name USER/NAME, and `hf auth login`", HFValidationError, LocalTokenNotFoundError
+        ),
+    ):
         huggingface_hub.utils.validate_repo_id(name)
         if "/" not in name:
-            raise huggingface_hub.errors.HFValidationError("it lacks the user or organisation")
+            raise HFValidationError("it lacks the user or organisation")
         huggingface_hub.HfApi().whoami()
-    except (huggingface_hub.errors.HFValidationError, huggingface_hub.errors.LocalTokenNotFoundError) as error:
-        raise UserError(f"--push-to-hub {name}: {first_line(error)}; name USER/NAME, and `hf auth login`") from error
-    except Exception as error:  # refused, or no network, for which each client library has its own exceptions
-        raise UserError(
-            f"--push-to-hub {name}: the Hub refuses your login or cannot be reached ({first_line(error)});"
-            " `hf auth login`, or leave the flag out and `python -m moco.backbone push` when the run is done"
-        ) from error
 
 
 def prepare_folder(run, name):
@@ -87,9 +81,10 @@ def prepare_folder(run, name):
         )
     if (run / "curves.png").exists() and folder != run and not (run / "detections.png").exists():  # of pre-training
         shutil.copy(run / "curves.png", folder)
-    config = read_json(folder / "config.json", {"architecture": is_text, "moco": is_object}, "restore it")
     results = find_results(run, weights_digest(load_file(folder / "model.safetensors")))
-    (folder / "README.md").write_text(model_card(config, results, name, (folder / "curves.png").exists()))
+    with reading_json(folder / "config.json", "restore it") as config:
+        card = model_card(config, results, name, (folder / "curves.png").exists())
+    (folder / "README.md").write_text(card)
     return folder
 
 
@@ -107,22 +102,10 @@ def find_results(run, digest):
 
 def read_results(path):
     """One results.json. Raises UserError if what the card shows is missing from it or of the wrong kind."""
-
-    def holds(*keys):
-        return lambda scores: is_object(scores) and all(is_numeric(scores.get(key)) for key in keys)
-
-    remedy = "remove it, or run the evaluation again"
-    common = {"backbone_sha256": is_text, "data": is_text, "data_on_hub": lambda value: isinstance(value, bool)}
-    results = read_json(path, common, remedy)
-    if "AP" in results:
-        fields = {key: is_whole for key in ("iterations", "train_images", "test_images")}
-        fields |= {rule: or_absent(holds("AP", "AP50", "AP75")) for rule in AP_RULES}
-    else:
-        fields = {key: is_whole for key in ("classes", "validation_images", "held_out_images")}
-        fields |= {key: is_numeric for key in ("lr", "top1", "top5")}
-        fields["classifiers"] = lambda classifiers: isinstance(classifiers, list)
-        fields["knn"] = or_absent(lambda knn: is_object(knn) and all(map(holds("top1", "top5"), knn.values())))
-    return read_json(path, fields, remedy)
+    with reading_json(path, "remove it, or run the evaluation again") as results:
+        results_table(results)
+        evaluations(results)
+        return results | {"backbone_sha256": str(results["backbone_sha256"])}
 
 
 def public_name(data):
@@ -167,64 +150,53 @@ def model_card(config, results, name, with_curves):
     return "\n".join(part for part in parts if part)
 
 
-def evaluations(results):
-    """One results.json in the form of the Hub's model-index."""
-    if "AP" in results:
-        task = {"task_type": "object-detection", "dataset_type": results["metric"].lower()}
-        task["dataset_name"] = results["data"]
-        measured = [
-            (key, f"{label} {key}", row[key]) for label, row in measurements(results) for key in ("AP", "AP50", "AP75")
-        ]
-    else:
-        task = {"task_type": "image-classification", "dataset_name": results["data"]}
-        task["dataset_type"] = results["data"] if results["data_on_hub"] else "image-folder"
-        measured = [("accuracy", f"{label} top-1", row["top1"]) for label, row in measurements(results)]
-    return [
-        EvalResult(metric_type=kind, metric_name=label, metric_value=value, **task) for kind, label, value in measured
-    ]
-
-
-def measurements(results):
-    """[(what was measured, {"top1", "top5"} or {"AP", "AP50", "AP75"} in percent)] of one results.json.
+def measured(results):
+    """One results.json as (numbers {name: key}, what was measured, [(label, {key: percent})], a note on the choice).
 
     Of several classifiers the chosen one alone.
     """
     if "AP" in results:
-        return [(label, results[rule]) for rule, label in AP_RULES.items() if rule in results]
-    rows = []
-    if "top1" in results:
-        note = " on cached features (approximate)" if results["approximate"] else ""
-        rows.append((f"linear probe{note}, lr {results['lr']:g}", results))
-    return rows + [(f"kNN, k {k}", row) for k, row in results.get("knn", {}).items()]
+        what = (
+            f"Fine-tuned as a {'Mask' if 'mask' in results else 'Faster'} R-CNN C4 for {results['iterations']}"
+            f" iterations on {results['train_images']} images of `{results['data']}`, on its"
+            f" {results['test_images']} test images:\n"
+        )
+        rows = [(label, results[rule]) for rule, label in AP_RULES.items() if rule in results]
+        return {key: key for key in ("AP", "AP50", "AP75")}, what, rows, []
+    what = (
+        f"On the {results['validation_images']} validation images of `{results['data']}`, {results['classes']} classes,"
+        " the backbone frozen:\n"
+    )
+    approximate = " on cached features (approximate)" if results.get("approximate") else ""
+    rows = [(f"linear probe{approximate}, lr {results['lr']:g}", results)] if "top1" in results else []
+    rows += [(f"kNN, k {k}", row) for k, row in results.get("knn", {}).items()]
+    note = (
+        f"\nOf {len(results.get('classifiers', []))} learning rates the one was taken that is best on"
+        f" {results['held_out_images']} training images held out."
+    )
+    return {"top-1": "top1", "top-5": "top5"}, what, rows, [note] if len(results.get("classifiers", [])) > 1 else []
+
+
+def evaluations(results):
+    """One results.json in the form of the Hub's model-index."""
+    detection, (numbers, _, rows, _) = "AP" in results, measured(results)
+    task = {"task_type": "object-detection" if detection else "image-classification", "dataset_name": results["data"]}
+    folder = results["data"] if results["data_on_hub"] else "image-folder"
+    task["dataset_type"] = results["metric"].lower() if detection else folder
+    shown = [(label, name, row[numbers[name]]) for label, row in rows for name in numbers if name != "top-5"]
+    return [
+        EvalResult(
+            metric_type=name if detection else "accuracy", metric_name=f"{label} {name}", metric_value=value, **task
+        )
+        for label, name, value in shown
+    ]
 
 
 def results_table(results):
-    if "AP" in results:
-        lines = [
-            f"Fine-tuned as a {'Mask' if 'mask' in results else 'Faster'} R-CNN C4 for {results['iterations']}"
-            f" iterations on {results['train_images']} images of `{results['data']}`, on its"
-            f" {results['test_images']} test images:\n",
-            "| | AP, % | AP50, % | AP75, % |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {label} | {row['AP']:.2f} | {row['AP50']:.2f} | {row['AP75']:.2f} |"
-            for label, row in measurements(results)
-        ]
-        return "\n".join(lines) + "\n"
-    lines = [
-        f"On the {results['validation_images']} validation images of `{results['data']}`, {results['classes']} classes,"
-        " the backbone frozen:\n",
-        "| | top-1, % | top-5, % |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {label} | {row['top1']:.2f} | {row['top5']:.2f} |" for label, row in measurements(results)]
-    if len(results.get("classifiers", [])) > 1:
-        lines.append(
-            f"\nOf {len(results['classifiers'])} learning rates the one was taken that is best on"
-            f" {results['held_out_images']} training images held out."
-        )
-    return "\n".join(lines) + "\n"
+    numbers, what, rows, note = measured(results)
+    lines = [what, f"| | {' | '.join(f'{name}, %' for name in numbers)} |", "|---" * (1 + len(numbers)) + "|"]
+    lines += [f"| {label} | {' | '.join(f'{row[key]:.2f}' for key in numbers.values())} |" for label, row in rows]
+    return "\n".join([*lines, *note]) + "\n"
 
 
 def loading(config, name, small):

@@ -1,14 +1,9 @@
 """Backbones in and out: loaded from anywhere, saved so that timm and transformers load them, converted, published.
 
-python -m moco.backbone convert moco_v2_800ep_pretrain.pth.tar r50.safetensors --to torchvision
-python -m moco.backbone convert RUN r50_detectron2.pth --to detectron2
-python -m moco.backbone push RUN USER/NAME --private
-python -m moco.backbone embed RUN --data FOLDER features.parquet
-
-Whatever the source, the weights in between have torchvision's keys, without the head `fc`.
+Whatever the source, the weights in between have torchvision's keys, without the head `fc`. The commands are in
+__main__.py.
 """
 
-import argparse
 import pickle
 import re
 import shutil
@@ -22,26 +17,13 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from moco.augment import MEAN, STD
-from moco.checkpoint import complete_checkpoints, load_checkpoint
-from moco.encoder import build_encoder, resnet_names
-from moco.errors import UserError, first_line, one_line_errors
-from moco.jsonfile import is_numeric, is_object, is_text, is_whole, or_absent, read_json, write_json
-from moco.publish import public_name, push_backbone
+from moco.backbone.publish import public_name, push_backbone
+from moco.encoder import build_encoder, feature_width, resnet_names
+from moco.errors import UserError, explained
+from moco.jsonfile import reading_json, write_json
+from moco.run.checkpoint import complete_checkpoints, load_checkpoint
 
 RESTORE = "fetch it again, or restore it"
-CONFIG = {  # of config.json, ours or timm's
-    "architecture": or_absent(is_text),
-    "moco": or_absent(is_object),
-    "pretrained_cfg": or_absent(
-        lambda cfg: (
-            is_object(cfg)
-            and or_absent(is_text)(cfg.get("tag"))
-            and or_absent(lambda size: is_numeric(size) and len(size) == 3 and is_whole(size[-1]))(
-                cfg.get("input_size")
-            )
-        )
-    ),
-}
 FORMATS = ("torchvision", "timm", "detectron2", "moco")
 # Settings of a run that say nothing about its weights. They may hold local paths, which must not be published.
 NOT_PUBLISHED = {"output", "resume", "keep", "checkpoint_every", "workers", "tracker", "push_to_hub"}
@@ -85,8 +67,8 @@ def read_backbone(source, encoder="query"):
     if path.is_dir():
         return read_folder(path, encoder)
     if path.is_file():
-        weights, config = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_torch_file(path)
-        return torchvision_keys(weights, source, encoder), config
+        weights, known = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_torch_file(path)
+        return torchvision_keys(weights, source, encoder), known
     if "_Weights." in str(source):
         check_single(source, encoder)
         return read_torchvision(str(source))
@@ -96,8 +78,8 @@ def read_backbone(source, encoder="query"):
             f"{source} is neither a folder or file here, nor USER/NAME on the Hub, nor one of torchvision's"
             " weights (ResNet50_Weights.IMAGENET1K_V1), nor 'random'"
         )
-    weights, config = read_hub(name)
-    return torchvision_keys(weights, source, encoder), known_of(config)
+    weights, known = read_hub(name)
+    return torchvision_keys(weights, source, encoder), known
 
 
 def check_single(source, encoder):
@@ -114,9 +96,8 @@ def read_folder(folder, encoder):
     checkpoints = complete_checkpoints(folder / "checkpoints")
     saved = next((path for path in (folder / "backbone", folder) if (path / "model.safetensors").exists()), None)
     if saved and encoder == "query":
-        config = read_json(saved / "config.json", CONFIG, RESTORE) if (saved / "config.json").exists() else {}
-        weights = read_safetensors(saved / "model.safetensors")
-        return torchvision_keys(weights, saved), known_of(config)
+        known = read_config(saved / "config.json") if (saved / "config.json").exists() else {}
+        return torchvision_keys(read_safetensors(saved / "model.safetensors"), saved), known
     tensors = load_checkpoint(checkpoints[-1])[0] if checkpoints else {}
     if "query_encoder" not in tensors:
         raise UserError(
@@ -125,16 +106,15 @@ def read_folder(folder, encoder):
         )
     if "key_encoder" not in tensors:
         check_single(folder, encoder)
-    settings = read_json(folder / "args.json", {"arch": is_text, "image_size": is_whole}, RESTORE)
-    weights = torchvision_keys(tensors[f"{encoder}_encoder"], checkpoints[-1])
-    return weights, {"arch": settings["arch"], "image_size": settings["image_size"], "settings": settings}
+    with reading_json(folder / "args.json", RESTORE) as settings:
+        known = {"arch": settings["arch"], "image_size": int(settings["image_size"]), "settings": settings}
+    return torchvision_keys(tensors[f"{encoder}_encoder"], checkpoints[-1]), known
 
 
 def read_safetensors(path):
-    try:
+    damage = (safetensors.SafetensorError, OSError)
+    with explained(f"{path} is truncated or no safetensors file", "fetch it again", *damage):
         return load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({first_line(error)}); fetch it again") from error
 
 
 def read_torch_file(path):
@@ -158,47 +138,39 @@ def read_torch_file(path):
 
 
 def read_torchvision(name):
-    try:
+    with explained(f"{name} is not one of torchvision's weights", "check the name", ValueError, KeyError):
         weights = torchvision.models.get_weight(name)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{name} is not one of torchvision's weights ({first_line(error)})") from error
     arch = name.split("_Weights.")[0].lower()
     if arch not in resnet_names():
         raise UserError(f"{name} is no ResNet; the architectures are {', '.join(resnet_names())}")
-    try:
+    with explained(f"{name} cannot be downloaded", "try again", OSError, RuntimeError):
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be downloaded: {first_line(error)}") from error
     return torchvision_keys(state, name), {"arch": arch, "image_size": 224}
 
 
 def read_hub(name):
-    """({key: tensor}, config.json) of a repository on the Hub. Only safetensors are taken."""
-    try:
+    """({key: tensor}, what is known) of a repository on the Hub. Only safetensors are taken."""
+    hub = huggingface_hub.errors
+    no_repository = f"{name} is neither here nor a repository you can read on the Hub"
+    login = "check the name, or if it is private or gated accept its terms there and run `hf auth login`"
+    no_answer = f"{name} is neither here nor downloaded before, and the Hub cannot be reached"
+    no_file = f"{name} has no config.json or no model.safetensors on the Hub"
+    with (
+        explained(no_repository, login, hub.HfHubHTTPError, hub.HFValidationError, OSError),
+        explained(no_file, "other weights are not read", hub.EntryNotFoundError),
+        explained(no_answer, "try again when it can", hub.LocalEntryNotFoundError),
+    ):
         paths = [huggingface_hub.hf_hub_download(name, file) for file in ("config.json", "model.safetensors")]
-    except huggingface_hub.errors.EntryNotFoundError as error:
-        if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
-            raise UserError(
-                f"{name} is neither here nor downloaded before, and the Hub cannot be reached"
-                f" ({first_line(error)}); try again when it can"
-            ) from error
-        raise UserError(
-            f"{name} has no config.json or no model.safetensors on the Hub; other weights are not read"
-        ) from error
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError, OSError) as error:
-        raise UserError(
-            f"{name} is neither here nor a repository you can read on the Hub ({first_line(error)}); check"
-            " the name, or if it is private or gated accept its terms there and run `hf auth login`"
-        ) from error
-    return read_safetensors(paths[1]), read_json(paths[0], CONFIG, RESTORE)
+    return read_safetensors(paths[1]), read_config(paths[0])
 
 
-def known_of(config):
+def read_config(path):
     """What a config.json of `save_backbone`, or of a timm ResNet, tells of its weights."""
-    settings, pretrained = config.get("moco") or {}, config.get("pretrained_cfg") or {}
-    arch, size = settings.get("arch") or config.get("architecture"), pretrained.get("input_size")
-    known = {"arch": arch if arch in resnet_names() else None, "image_size": size and size[-1], "settings": settings}
-    known["tag"] = pretrained.get("tag")
+    with reading_json(path, RESTORE) as config:
+        settings, pretrained = config.get("moco") or {}, config.get("pretrained_cfg") or {}
+        arch, size = settings.get("arch") or config.get("architecture"), pretrained.get("input_size")
+        known = {"arch": arch if arch in resnet_names() else None, "image_size": size and int(size[-1])}
+        known |= {"settings": dict(settings), "tag": pretrained.get("tag")}
     return {name: value for name, value in known.items() if value}
 
 
@@ -289,11 +261,6 @@ def fitting_arch(weights, arch=None, source="weights"):
         nearest = f"--arch {best}" if arch else f"any --arch, {best} being the nearest"
         raise UserError(f"{source} does not fit {nearest}: {few(wrong[best])}")
     return best, stem
-
-
-def feature_width(weights):
-    """The number of features of a backbone with these weights: the channels of its last convolution."""
-    return [value for value in weights.values() if value.dim() == 4][-1].shape[0]
 
 
 def build_backbone(arch, stem):
@@ -399,10 +366,8 @@ def convert(source, target, to, arch=None, encoder="query"):
     weights = backbone.state_dict()
     if to == "timm" and weights["conv1.weight"].shape[-1] == 3:
         raise UserError(f"{source} has the small stem, which timm and transformers do not know; use --to torchvision")
-    try:
+    with explained(f"TARGET {target} cannot be written", "name another", OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"TARGET {target} cannot be written ({first_line(error)}); name another") from error
     if to == "torchvision":
         write_tensors(target, weights)
     elif to == "timm":
@@ -414,44 +379,3 @@ def convert(source, target, to, arch=None, encoder="query"):
         state = {f"module.encoder_q.{key}": value for key, value in weights.items()}
         epochs = known.get("settings", {}).get("epochs", 0)
         torch.save({"epoch": epochs, "arch": known["arch"], "state_dict": state}, target)
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description="Convert a backbone, or publish one on the Hub.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "convert", description="Write SOURCE's backbone as another program reads it, bit for bit."
-    ).add_argument
-    add("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
-    add("target", metavar="TARGET", help="the file or folder to write")
-    add("--to", choices=FORMATS, required=True, help="the program that is to read it")
-    add("--arch", help="a torchvision ResNet, or resnet10 [as SOURCE says]")
-    add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
-    add = commands.add_parser("push", description=push_backbone.__doc__.split("\n\n")[0]).add_argument
-    add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
-    add("name", metavar="USER/NAME", help="the repository, created where it is not there")
-    add("--private", action="store_true", help="create it for your eyes only")
-    add = commands.add_parser("embed", description="Write features of images to a parquet file, with a picture.")
-    add.add_argument("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
-    add.add_argument("--data", required=True, help="'shapes', a folder, or USER/NAME on the Hub")
-    add.add_argument("target", metavar="OUT", help="the .parquet file to write; OUT.png shows nearest neighbours")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
-    if args.command == "embed":
-        from moco.embed import embed  # which imports this module
-
-        embed(args.source, args.data, args.target)
-        print(f"features are in {args.target}, nearest neighbours in {Path(args.target).with_suffix('.png')}")
-    elif args.command == "convert":
-        convert(args.source, args.target, args.to, args.arch, args.encoder)
-        print(f"{args.source} is now {args.target}")
-    else:
-        print(push_backbone(args.run, args.name, args.private))
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

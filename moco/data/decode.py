@@ -125,15 +125,16 @@ def decode_crops(record, draw_boxes, size):
 def read_image(rows, index, decode=decode_image):
     """Row `index` decoded, or the nearest row after it that can be.
 
-    rows: a sequence of {"image": encoded}. Returns (what `decode` makes of the encoded image, row, [(name, reason)] if
-    it is not the row asked for). Of several undecodable rows in a row each counts once, when it is asked for itself.
+    rows: a sequence of {"image": encoded}. Returns (what `decode` makes of the encoded image, all of its row, [(name,
+    reason)] if it is not the row asked for). Of several undecodable ones side by side each counts once, when it is
+    asked for itself.
     """
     failed = []
     for row in range(index, index + len(rows)):
         row %= len(rows)
         values = rows[row]
         try:
-            return decode(values["image"]), row, failed
+            return decode(values["image"]), values, failed
         except UNDECODABLE as error:
             failed = failed or [(name_of(values, row), first_line(error))]
     raise UserError(f"none of the {len(rows)} images can be decoded; the first: {': '.join(failed[0])}")

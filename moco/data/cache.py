@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from huggingface_hub.utils import WeakFileLock
 
-from moco.errors import UserError, first_line
-from moco.hub import hub_file, is_remote, read_range, say
+from moco.data.hub import hub_file, is_remote, read_range, say
+from moco.errors import explained, first_line
 
 FREE_SHARE = 0.1  # of the disk, which a cache without a limit leaves free
 
@@ -51,10 +51,8 @@ class RowGroupCache:
         self.folder, self.limit = Path(folder), gigabytes and gigabytes * 1e9
         self.sum = self.folder / ".bytes"  # how many are in the folder; without it they are counted
         self.full = multiprocessing.Value("b", False)  # for a process and its data workers
-        try:
+        with explained(f"--cache {folder} cannot be made", "name another folder", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--cache {folder} cannot be made ({first_line(error)}); name another folder") from error
         with contextlib.suppress(OSError), self.lock():
             self.sum.unlink()  # a kill may have left it wrong
 

@@ -17,13 +17,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from moco.errors import UserError
 
-# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/hub.py);
+# How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/data/hub.py);
 # downloads and evaluations take longer.
 STEP_PATIENCE, LONG_PATIENCE = timedelta(minutes=40), timedelta(hours=3)
 
 
-def start_accelerator(mixed_precision, **options):
-    """The Accelerator of a script. Raises UserError for a device or a precision that cannot work.
+def start_accelerator(args, **options):
+    """The Accelerator of a script, whose precision is then in args. Raises UserError for a device that cannot do it.
 
     DDP does not broadcast buffers before each forward pass: they are equal by construction, or averaged after it.
     """
@@ -31,15 +31,12 @@ def start_accelerator(mixed_precision, **options):
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # Accelerate's call
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONG_PATIENCE)]
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **options)
-    device = accelerator.device.type
-    if accelerator.mixed_precision == "fp16" and device == "cpu":
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers, **options)
+    args.mixed_precision, device = accelerator.mixed_precision, accelerator.device.type
+    if args.mixed_precision == "fp16" and device == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
-    if (
-        accelerator.mixed_precision == "bf16"
-        and device == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    no_bf16 = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.mixed_precision == "bf16" and no_bf16:
         raise UserError("--mixed-precision bf16 needs an Ampere GPU or newer; use fp16 or no")
     if device == "mps":
         raise UserError("Apple's GPUs have no float64, which is needed here; use `accelerate launch --cpu`")

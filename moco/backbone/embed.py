@@ -7,18 +7,17 @@ import pyarrow.parquet as pq
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from moco.backbone import load_backbone
-from moco.data import load_splits
-from moco.decode import name_of, name_undecodable, read_image
+from moco.backbone.features import Features
+from moco.data.decode import name_of, name_undecodable, read_image
+from moco.data.load import load_splits
 from moco.errors import UserError
-from moco.knn import extract_features
-from moco.report import save_neighbours
+from moco.run.pictures import save_neighbours
 
 
-def embed(source, data, target, workers=2):
-    """Write the features of `data` under the backbone `source` to the parquet file `target`, and a picture beside it.
+def embed(backbone, known, data, target, workers=2):
+    """Write the features of `data` under a backbone to the parquet file `target`, and a picture beside it.
 
-    source: what `load_backbone` takes. data: what `load_splits` takes; of several splits the one to train on.
+    backbone, known: what `load_backbone` gave. data: what `load_splits` takes; of several splits the one to train on.
     Columns: "file" (a name or a row number), "label" if there are labels, and "feature", float32, not normalised. The
     crops are those of evaluations, at the size that the backbone was trained at. Raises UserError as these do.
     """
@@ -26,11 +25,10 @@ def embed(source, data, target, workers=2):
     if target.suffix != ".parquet" or target.exists():
         raise UserError(f"OUT {target} must end with .parquet, and must not exist yet")
     accelerator = Accelerator()
-    backbone, known = load_backbone(source)
     backbone = backbone.eval().to(accelerator.device)
     images, _ = load_splits(data)
     rows, has_label, size = range(len(images)), "label" in images.column_names, known.get("image_size", 224)
-    features, labels, failed = extract_features(backbone, images, rows, size, workers, accelerator)
+    features, labels, failed = Features(backbone, size, workers, accelerator).all(images, rows)
     name_undecodable(failed, set(), accelerator, "the feature of its neighbour stands in its place")
     columns = {name: [] for name in ("file", *(["label"] if has_label else []))}
     for row in rows:  # once more, because an undecodable image keeps its own name and label

@@ -21,8 +21,8 @@ from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image,
 from tqdm import tqdm
 
 from moco.augment import MEAN, STD
-from moco.batches import loader
-from moco.coco import encode_masks
+from moco.data.batches import loader
+from moco.detection.coco import encode_masks
 from moco.errors import UserError
 
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # pixels

@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moco.coco import evaluate_coco
-from moco.data import check_hub_name
-from moco.decode import UNDECODABLE, decode_image, encoded_bytes, open_image, read_image
-from moco.errors import UserError, first_line
-from moco.shapes import CLASSES as SHAPES_CLASSES
-from moco.shapes import draw_scene, encode_jpeg
-from moco.voc import evaluate_voc
+from moco.data.decode import UNDECODABLE, decode_image, encoded_bytes, open_image, read_image
+from moco.data.load import check_hub_name
+from moco.data.shapes import CLASSES as SHAPES_CLASSES
+from moco.data.shapes import draw_scene, encode_jpeg
+from moco.detection.coco import evaluate_coco
+from moco.detection.voc import evaluate_voc
+from moco.errors import UserError, explained, first_line
+from moco.jsonfile import DAMAGE
 
 VOC_CLASSES = (
     "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person,"
@@ -156,7 +157,9 @@ def voc_record(root, name, left_out):
     path = root / "Annotations" / f"{name}.xml"
     image = {"bytes": None, "path": str(root / "JPEGImages" / f"{name}.jpg")}
     boxes, labels, difficult = [], [], []
-    try:
+    with explained(
+        f"{path} cannot be read as a VOC annotation", "unpack it again", xml.etree.ElementTree.ParseError, *DAMAGE
+    ):
         tree = xml.etree.ElementTree.parse(path)
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
         for thing in tree.findall("object"):
@@ -167,10 +170,6 @@ def voc_record(root, name, left_out):
             boxes.append([corners[0] - 1, corners[1] - 1, corners[2], corners[3]])
             labels.append(VOC_CLASSES.index(label))
             difficult.append(thing.findtext("difficult", "0").strip() == "1")
-    except UserError:
-        raise
-    except (xml.etree.ElementTree.ParseError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a VOC annotation: {first_line(error)}") from error
     if min(width, height) < 1:
         width, height = image_size(image, left_out)
     return {"image": image, "name": name, "width": width, "height": height, **objects(boxes, labels, difficult)}
@@ -192,14 +191,12 @@ def coco_records(folder, split, left_out):
     if not path.exists() or not (folder / split).is_dir():
         missing = folder / split if path.exists() else path
         raise UserError(f"{missing} is missing: unpack COCO's {split} and annotations_trainval2017 into {folder}")
-    try:
+    with explained(f"{path} cannot be read as COCO annotations", "unpack it again", *DAMAGE):
         content = json.loads(path.read_text())
         categories = sorted(content["categories"], key=lambda category: category["id"])
         annotations = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as COCO annotations: {first_line(error)}") from error
     label_of = {category["id"]: label for label, category in enumerate(categories)}
     records, absent = [], []
     for image in content["images"]:
@@ -237,14 +234,11 @@ def hub_records(name, box_format, left_out):
     """(train, test, class names) of a dataset on the Hub or on disk, of the columns that `load_detection` tells."""
     if not Path(name).is_dir():
         check_hub_name(name)
-    try:
+    what = f"--data {name} is neither a VOCdevkit folder (VOC2007, VOC2012), nor a COCO folder (annotations), nor a"
+    kinds = (OSError, ValueError, datasets.exceptions.DatasetsError)
+    with explained(f"{what} dataset that can be read", "check the name", *kinds):
         on_disk = (Path(name) / "dataset_dict.json").exists()
         splits = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"--data {name} is neither a VOCdevkit folder (VOC2007, VOC2012), nor a COCO folder (annotations), nor a"
-            f" dataset that can be read: {first_line(error)}"
-        ) from error
     test = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or test is None:
         raise UserError(f"--data {name} needs the splits train and test (or validation), it has {', '.join(splits)}")
@@ -285,15 +279,6 @@ def hub_split(dataset, name, box_format, classes, left_out):
         yield {"image": (dataset, row), "name": f"row {row}", "width": width, "height": height, **record}
 
 
-def record_fingerprint(records):
-    """Of what a run depends on: each image's name and size, and its objects."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(f"{record['name']} {record['width']} {record['height']}".encode())
-        digest.update(record["boxes"].tobytes() + record["labels"].tobytes())
-    return digest.hexdigest()[:16]
-
-
 # ---- records -> what a detector gets
 
 
@@ -320,15 +305,28 @@ class DetectionImages(Dataset):
     the detector samples. In evaluation such an image comes back as None.
     """
 
+    traffic = None  # it is not streamed
+
     def __init__(self, records, sizes, longest, seed=None):
         self.records, self.sizes, self.longest, self.seed = records, sizes, longest, seed
+
+    def __len__(self):
+        return len(self.records)
+
+    def fingerprint(self):
+        """Of what a run depends on: each image's name and size, and its objects."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            digest.update(f"{record['name']} {record['width']} {record['height']}".encode())
+            digest.update(record["boxes"].tobytes() + record["labels"].tobytes())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, rows):
         items, undecodable = [], []
         for iteration, index in rows:
             if self.seed is not None:
-                image, row, failed = read_image(self.records, index, decode_stored)
-                items.append(self.prepare(image, self.records[row], iteration, index))
+                image, record, failed = read_image(self.records, index, decode_stored)
+                items.append(self.prepare(image, record, iteration, index))
                 undecodable += failed
                 continue
             record = self.records[index]
@@ -407,8 +405,8 @@ def micro_batch_rows(portrait, batch_size, micro_batch, seed, start, rank, world
 def evaluate_detections(data, predictions):
     """Every score of the predictions for `data.test`, in percent, the one to be compared by first.
 
-    data: of `load_detection`. predictions: of `moco.detector.detect`. Returns {"voc2007" (11 points), "area"}, or for
-    COCO {"box", "mask"}, each a dict of "AP", "AP50", "AP75", "per_class" ...
+    data: of `load_detection`. predictions: of `detect`. Returns {"voc2007" (11 points), "area"}, or
+    for COCO {"box", "mask"}, each a dict of "AP", "AP50", "AP75", "per_class" ...
     """
     if data.metric == "COCO":
         return evaluate_coco(data.annotations, [record["id"] for record in data.test], predictions)

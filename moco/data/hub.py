@@ -3,7 +3,7 @@
 The Hub counts requests for addresses with /resolve/ in them: 5,000 in five minutes for a free account. It answers such
 a resolve with a signed address on another host, from which any number of ranges can be read for about an hour without
 being counted. So a machine resolves each file once an hour: the signed address is kept in a small file that all
-processes of the machine read, and one of them renews it, under a lock, shortly before it ends.
+processes of the machine read, and when it is refused one of them gets another one, under a lock.
 """
 
 import contextlib
@@ -16,24 +16,20 @@ import os
 import re
 import sys
 import time
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from glob import escape
-from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session
 
-from moco.errors import UserError, first_line
+from moco.errors import explained, first_line
 from moco.jsonfile import write_json
 
 TIMEOUT = 20  # seconds without a byte after which a connection is given up and tried again
-RETRIES, LONGEST_WAIT = 30, 64  # waits of 1, 2, 4 ... 64, 64 seconds: about 25 minutes in all
+RETRIES, LONGEST_WAIT = 20, 64  # waits of 1, 2, 4 ... 64, 64 seconds, beside huggingface_hub's own: about 25 minutes
 RETRIED = (408, 425, 429, *range(500, 600))  # everything but refusals
 RESOLVES, WINDOW = 5_000, 300  # what the Hub serves a free account, in so many seconds
-ADDRESS_LIFE = 3_600  # seconds, of a signed address that does not say when it ends
-RENEW_AT = 0.95  # of an address's life; the rest, three minutes, is for reads that have begun and clocks that differ
 
 
 class Traffic:
@@ -94,72 +90,31 @@ def shared_folder(name):
 
 
 def address_of(path, refused, traffic):
-    """The signed address of a file on the Hub, or None if the Hub serves the file itself.
+    """Where a file on the Hub can be read: a signed address on another host, or the Hub's own for what lies there.
 
-    refused: an address that did not work and must not be returned again, or None. The processes of a machine share the
-    address. Raises what `resolve` raises.
+    refused: an address that did not work and must not be returned again unless the Hub says so, or None. The processes
+    of a machine share the address. Raises HfHubHTTPError for a refusal, and the HTTP client's exceptions.
     """
     url = resolve_url(path)
     file = shared_folder("addresses") / f"{hashlib.sha256(url.encode()).hexdigest()[:40]}.json"
 
-    def usable():
+    def known():
+        with contextlib.suppress(OSError, ValueError):  # missing, or not ours
+            address = json.loads(file.read_text())
+            return address if isinstance(address, str) and address != refused else None
+
+    if address := known():
+        return address
+    with WeakFileLock(file.with_suffix(".lock")):  # the others wait here, and then find the new address
+        if address := known():
+            return address
+        address = huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT, retry_on_errors=True).location
+        traffic.add("resolves")
         try:
-            known = json.loads(file.read_text())
-            works = refused is None or known["address"] != refused
-            return known if works and time.time() < known["renew"] else None
-        except (OSError, ValueError, KeyError, TypeError):  # missing, or not ours
-            return None
-
-    if not (known := usable()):
-        with WeakFileLock(file.with_suffix(".lock")):  # the others wait here, and then find the new address
-            if not (known := usable()):
-                known = resolve(url, traffic)
-                try:
-                    write_json(file, known)
-                except OSError as error:
-                    say(f"addresses cannot be kept ({first_line(error)}), so each read asks the Hub; make room")
-    return known["address"]
-
-
-def resolve(url, traffic):
-    """Ask the Hub where a file lies: {"address": signed address or None, "renew": seconds since the epoch}."""
-    address = url
-    while urlsplit(address)[:2] == urlsplit(url)[:2]:  # a renamed repository is elsewhere on the Hub
-        response = ask_hub("HEAD", address, traffic)
-        if "Location" not in response.headers:
-            return {"address": None, "renew": time.time() + ADDRESS_LIFE}
-        address = urljoin(address, response.headers["Location"])
-    # By the server's own clock, as this machine's may be wrong.
-    served = parsedate_to_datetime(response.headers["Date"]).timestamp() if "Date" in response.headers else time.time()
-    return {"address": address, "renew": time.time() + RENEW_AT * (address_end(address, served) - served)}
-
-
-def ask_hub(method, url, traffic, follow_redirects=False, **headers):
-    """The Hub's response to a counted request, which has the user's token, meant for nobody else.
-
-    Failures of the network and the server are tried again RETRIES times. Raises HfHubHTTPError for a refusal, and the
-    HTTP client's exceptions if the last try fails.
-    """
-    response = http_backoff(
-        method, url, headers=build_hf_headers() | {"Accept-Encoding": "identity"} | headers, timeout=TIMEOUT,
-        follow_redirects=follow_redirects, max_retries=RETRIES, max_wait_time=LONGEST_WAIT,
-        retry_on_status_codes=RETRIED,
-    )  # fmt: skip
-    traffic.add("resolves")
-    hf_raise_for_status(response)
-    return response
-
-
-def address_end(address, served):
-    """When a signed address ends, in seconds since the epoch: as its query says, or ADDRESS_LIFE after `served`."""
-    query = dict(parse_qsl(urlsplit(address).query))
-    try:
-        if "X-Amz-Expires" in query:
-            signed = datetime.strptime(query["X-Amz-Date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-            return signed.timestamp() + int(query["X-Amz-Expires"])
-        return int(query["Expires"])
-    except (KeyError, ValueError):
-        return served + ADDRESS_LIFE
+            write_json(file, address)
+        except OSError as error:
+            say(f"addresses cannot be kept ({first_line(error)}), so each read asks the Hub; make room")
+    return address
 
 
 # ---- ranges
@@ -190,15 +145,12 @@ def is_remote(path):
 @contextlib.contextmanager
 def readable(what, remedy):
     """Turn every exception of reading something into a UserError that says what to do."""
-    try:
+    login = "accept the dataset's terms on its page, then `hf auth login`"
+    with (
+        explained(f"{what} cannot be read", remedy, alone=True),
+        explained(f"{what} is refused", login, GatedRepoError, RepositoryNotFoundError, alone=True),
+    ):
         yield
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise UserError(
-            f"{what} is refused ({first_line(error)}); accept the dataset's terms on its page, then `hf auth login`",
-            alone=True,
-        ) from error
-    except Exception as error:  # the HTTP client's own exceptions differ between versions of huggingface_hub
-        raise UserError(f"{what} cannot be read ({first_line(error)}); {remedy}", alone=True) from error
 
 
 def read_file(path, start, end):
@@ -214,31 +166,31 @@ def read_file(path, start, end):
 
 
 def read_hub(path, start, end, traffic):
-    """Do what `read_range` does for a file on the Hub: read its signed address, and a new one each time that fails.
+    """Do what `read_range` does for a file on the Hub: read at its address, and at a new one each time that fails.
 
     The first new address is tried at once, the others after growing waits.
     """
-    refused, asked = None, f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}"
+    refused = None
     for wait in (0, *(min(2**i, LONGEST_WAIT) for i in range(RETRIES)), None):
-        address = address_of(path, refused, traffic)
+        address = None
         try:
-            if address:
-                return read_address(address, start, end, asked)
-            response = ask_hub("GET", resolve_url(path), traffic, follow_redirects=True, Range=asked)
-            return response.content, size_of(response, start, end)
-        except HfHubHTTPError:  # the Hub's own refusal
-            raise
-        except Exception:  # refused, ended, broken off, another range: the Hub may know a better address
-            if wait is None:
-                raise
+            address = address_of(path, refused, traffic)
+            return read_address(address, start, end, resolve_url(path), traffic)
+        except Exception as error:  # refused, ended, broken off, another range: the Hub may know a better address
+            if wait is None or isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRIED:
+                raise  # the Hub's own refusal
+        if address:
             refused = address
             traffic.add("refused")
         time.sleep(wait)
 
 
-def read_address(address, start, end, asked):
-    """Do what `read_range` does, by one request to a signed address, which gets no token."""
-    headers = build_hf_headers(token=False) | {"Range": asked, "Accept-Encoding": "identity"}
+def read_address(address, start, end, url, traffic):
+    """Do what `read_range` does by one request, which has the user's token if it is to the Hub, as `url` is."""
+    on_hub = urlsplit(address)[:2] == urlsplit(url)[:2]
+    traffic.add("resolves", on_hub)
+    asked = f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}"
+    headers = build_hf_headers(token=None if on_hub else False) | {"Range": asked, "Accept-Encoding": "identity"}
     with get_session().stream("GET", address, headers=headers, timeout=TIMEOUT) as response:
         size = size_of(response, start, end)  # before the rest is read, which may be the whole file
         data = response.read()

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from moco.augment import AUGMENTATIONS, random_crop_boxes
-from moco.decode import decode_crops, decode_image, read_image
+from moco.data.decode import decode_crops, decode_image, read_image
 
 # ---- training batches
 
@@ -33,71 +33,69 @@ def empty_batch(*shape):
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
-class CropPairs(Dataset):
-    """Two random crops of each image of a batch.
+class Crops(Dataset):
+    """Crops of each image of a batch, with its label.
 
-    least: the smallest share of an image's area in a crop.
-    Item ([(epoch, index), ...], row groups to read ahead) is (views (n, 2, size, size, 3) uint8,
-    [(name, reason) of undecodable images]).
+    cut: (record of an image, epoch, index) -> its crops (..., size, size, 3) uint8, of `shape`. labelled: whether to
+    read labels, which may be anything where nobody looks at them; otherwise they are 0.
+    Item ([(epoch, index), ...], row groups to read ahead) is (crops (n, *shape) uint8, labels (n,) int64, [(name,
+    reason) of undecodable images]); the neighbour that replaces an undecodable image brings its own label.
     """
 
-    def __init__(self, dataset, size, seed, least=0.2):
-        self.dataset, self.size, self.seed, self.least = dataset, size, seed, least
+    def __init__(self, dataset, cut, *shape, labelled=True):
+        self.dataset, self.cut, self.shape, self.labelled = dataset, cut, shape, labelled
 
     def __getitem__(self, item):
         rows, groups = item
         self.dataset.keep(groups)
-        views = empty_batch(len(rows), 2, self.size, self.size, 3)
-        undecodable = []
-        for view, (epoch, index) in zip(views, rows, strict=True):
-            crops, _, failed = read_image(self.dataset, index, partial(self.cut, epoch=epoch, index=index))
-            view.copy_(crops)
+        crops = empty_batch(len(rows), *self.shape)
+        labels, undecodable = torch.zeros(len(rows), dtype=torch.long), []
+        for i, (epoch, index) in enumerate(rows):
+            cut = partial(self.cut, epoch=epoch, index=index)
+            crops[i], values, failed = read_image(self.dataset, index, cut)
+            if self.labelled:
+                labels[i] = values.get("label", 0)
             undecodable += failed
-        return views, undecodable
-
-    def cut(self, record, epoch, index):
-        """Both crops of a record: of the image that was asked for, or of the neighbour in its place."""
-        rng = crop_generator(self.seed, epoch, index)
-        return decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, self.least), self.size)
+        return crops, labels, undecodable
 
 
-class LabelledCrops(Dataset):
-    """One random crop of each image of a batch, flipped or not, with its label: what a classifier is trained on.
+def crop_pairs(dataset, size, seed, least=0.2):
+    """Two random crops of each image. least: the smallest share of an image's area in a crop."""
+    cut = partial(random_pair, size=size, seed=seed, least=least)
+    return Crops(dataset, cut, 2, size, size, 3, labelled=False)
+
+
+def labelled_crops(dataset, size, seed):
+    """One random crop of each image, flipped or not: what a classifier is trained on.
 
     RandomResizedCrop of torchvision's default scale 0.08-1, wider than the encoders' 0.2-1, as in the reference.
-    Item ([(epoch, index), ...], row groups to read ahead) is (crops (n, size, size, 3) uint8, labels (n,) int64,
-    [(name, reason) of undecodable images]); the neighbour that replaces an undecodable image brings its own label.
     """
-
-    def __init__(self, dataset, size, seed):
-        self.dataset, self.size, self.seed = dataset, size, seed
-
-    def __getitem__(self, item):
-        rows, groups = item
-        cuts = [partial(self.cut, epoch=epoch, index=index) for epoch, index in rows]
-        return labelled_batch(self.dataset, [index for _, index in rows], groups, cuts, self.size)
-
-    def cut(self, record, epoch, index):
-        """The crop of a record."""
-        rng = crop_generator(self.seed, epoch, index)
-        crop = decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, least=0.08, views=1), self.size)[0]
-        return crop.flip(1) if rng.random() < 0.5 else crop
+    return Crops(dataset, partial(flipped_crop, size=size, seed=seed), size, size, 3)
 
 
-def labelled_batch(dataset, rows, groups, cuts, size):
-    """What LabelledCrops and CenterCrops return. cuts: for each row what makes its record a crop."""
-    dataset.keep(groups)
-    crops = empty_batch(len(rows), size, size, 3)
-    labels, undecodable = torch.empty(len(rows), dtype=torch.long), []
-    for i, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
-        crops[i], read, failed = read_image(dataset, row, cut)
-        labels[i] = dataset[read].get("label", 0)  # without labels nobody looks at them
-        undecodable += failed
-    return crops, labels, undecodable
+def center_crops(dataset, size):
+    """Fixed crops for evaluation: short side resized to size * 256 / 224, then the centre, as the papers test."""
+    return Crops(dataset, partial(center_crop_of, size=size), size, size, 3)
+
+
+def random_pair(record, epoch, index, size, seed, least):
+    """Both crops of a record: of the image that was asked for, or of the neighbour in its place."""
+    rng = crop_generator(seed, epoch, index)
+    return decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, least), size)
+
+
+def flipped_crop(record, epoch, index, size, seed):
+    rng = crop_generator(seed, epoch, index)
+    crop = decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, 0.08, 1), size)[0]
+    return crop.flip(1) if rng.random() < 0.5 else crop
+
+
+def center_crop_of(record, epoch, index, size):
+    return center_crop(decode_image(record), size)
 
 
 class CachedFeatures(Dataset):
-    """Features that `moco.knn.cache_features` wrote to a folder, read from disk as far as memory does not hold them.
+    """Features that `Features.cache` wrote to a folder, read from disk as far as memory does not hold them.
 
     Item [(epoch, index), ...] is (features (n, width) float16, labels (n,) int64, []): the same in every epoch.
     """
@@ -116,8 +114,8 @@ def crop_generator(seed, epoch, index):
 
 
 def train_batches(dataset, size, seed, recipe, rows, workers):
-    """Endless batches of the images in `rows` (of `training_rows`); see CropPairs for what a batch is."""
-    return iter(loader(CropPairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"]), rows, workers))
+    """Endless batches of the images in `rows` (of `training_rows`); see Crops for what a batch is."""
+    return iter(loader(crop_pairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"]), rows, workers))
 
 
 def loader(dataset, items, workers):
@@ -176,22 +174,6 @@ def ordered_rows(dataset, rows, size, workers):
         ahead = [here + following for here, following in zip(groups, [*groups[1:], []])]
         parts.append(zip(range(first, first + len(part), size), batches, ahead))
     return [batch for turn in itertools.zip_longest(*parts, fillvalue=(0, [], [])) for batch in turn]
-
-
-class CenterCrops(Dataset):
-    """Fixed crops for evaluation: short side resized to size * 256 / 224, then the centre, as the papers test.
-
-    Item ([index, ...], row groups to read ahead) is (crops (n, size, size, 3) uint8, labels (n,) int64, [(name, reason)
-    of undecodable images]). An undecodable image is replaced by its neighbour, label included.
-    """
-
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, size
-
-    def __getitem__(self, item):
-        indices, groups = item
-        cuts = [lambda record: center_crop(decode_image(record), self.size)] * len(indices)
-        return labelled_batch(self.dataset, indices, groups, cuts, self.size)
 
 
 def center_crop(image, size):

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from moco.checkpoint import (
+from moco.data.decode import check_undecodable, name_undecodable
+from moco.data.hub import traffic_line
+from moco.errors import UserError, explained
+from moco.jsonfile import DAMAGE, write_json
+from moco.run.checkpoint import (
     append_metrics,
     check_equal_state,
     complete_checkpoints,
@@ -20,29 +24,15 @@ from moco.checkpoint import (
     save_checkpoint,
     trim_metrics,
 )
-from moco.decode import check_undecodable, name_undecodable
-from moco.errors import UserError, first_line
-from moco.hub import traffic_line
-from moco.jsonfile import is_numeric, is_object, is_text, is_whole, or_absent, write_json
-from moco.launch import LONG_PATIENCE, STEP_PATIENCE, catch_signals, provenance, release_signals, set_patience
+from moco.run.launch import LONG_PATIENCE, STEP_PATIENCE, catch_signals, provenance, release_signals, set_patience
 
 CHECKPOINT_SECONDS = 600  # a checkpoint is also due after so long, so that a slow run never starts from nothing
-STATE = {  # what a checkpoint's state.json holds; those of earlier versions lack the last four
-    "images": is_whole,
-    "undecodable": is_whole,
-    "rows": or_absent(is_object),
-    "backbone_sha256": or_absent(is_text),
-    "scaler": or_absent(is_object),
-    "data": or_absent(is_text),
-    "sums": or_absent(lambda sums: is_object(sums) and all(map(is_numeric, sums.values()))),
-    "summed": or_absent(is_whole),
-}
 
 
 class Run:
     """A run in its folder: where it stands, what it logs and saves, and when it stops.
 
-    run = Run(folder, accelerator, modules, optimizer, settings=vars(args), images=len(train_set), batch_size=256, ...)
+    run = Run(args, accelerator, modules, optimizer, train_set, total_steps, order=order)
     batches = run.timed(loader)
     for step in run.steps():
         loss = ...                                  # one training step, whatever it is
@@ -52,89 +42,86 @@ class Run:
 
     All processes create one and call its methods together.
 
-    modules: {name: module} to save and load; every process must hold equal ones. settings: the script's flags, for
-    args.json. images: how many there are to train on. steps_per_epoch: images // batch_size unless given.
-    order: what the order of images depends on besides the flags; if it differs, the run resumes at the start of its
-    epoch. fingerprint: of the training data, and backbone_sha256: of the weights a probe or detector starts from; if
-    one of them differs, the run is not resumed.
+    args: the script's flags, of which it takes output, data, batch_size, checkpoint_every, keep, resume and, if it is
+    there, evaluate. modules: {name: module} to save and load; every process must hold equal ones.
+    images: what is trained on, with a length, a `fingerprint()` and `traffic`, which counts what this process and its
+    data workers read, to be logged, or is None. If there are others, the run is not resumed.
+    order: in which they are trained on; if what it depends on differs, the run resumes at the start of its epoch.
+    steps_per_epoch: their number // batch_size unless given.
+    backbone_sha256: of the weights a probe or detector starts from; if they differ, the run is not resumed.
     finite: whether weights must be finite to be saved; otherwise the run stops as diverged.
-    traffic: of `moco.hub`, counts what this process and its data workers read, to be logged; None where nothing does.
     """
 
     def __init__(
-        self, folder, accelerator, modules, optimizer, *, settings, images, batch_size, total_steps, checkpoint_every,
-        keep, fingerprint, steps_per_epoch=None, order=None, backbone_sha256=None, resume=False, evaluate=False,
-        finite=True, traffic=None,
+        self, args, accelerator, modules, optimizer, images, total_steps, *, order=None, steps_per_epoch=None,
+        backbone_sha256=None, finite=True,
     ):  # fmt: skip
-        self.folder, self.accelerator, self.modules, self.optimizer = folder, accelerator, modules, optimizer
-        self.settings, self.images, self.batch_size = settings, images, batch_size
-        self.steps_per_epoch = steps_per_epoch or images // batch_size
-        self.checkpoint_every, self.keep, self.finite = checkpoint_every, keep, finite
-        self.origin = {"images": images, "data": fingerprint, "rows": order, "backbone_sha256": backbone_sha256}
-        self.checkpoints, self.metrics = folder / "checkpoints", folder / "metrics.jsonl"
+        self.args, self.folder, self.evaluates = args, args.output, getattr(args, "evaluate", False)
+        self.accelerator, self.modules, self.optimizer, self.finite = accelerator, modules, optimizer, finite
+        self.steps_per_epoch = steps_per_epoch or len(images) // args.batch_size
+        rows = images.order_state(order) if order else None
+        self.origin = {"images": len(images), "data": images.fingerprint(), "rows": rows}
+        self.origin["backbone_sha256"] = backbone_sha256
+        self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
         self.done = 0  # steps taken, including the current one
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
         self.pending = None  # the last step's values, on their way from the device
         self.spent = {"step": 0.0, "data": 0.0}  # seconds since the last log line
-        self.traffic, self.counted, self.read = traffic, 0, 0  # what was read: counted so far, and since the last line
+        self.traffic, self.counted, self.read = images.traffic, 0, 0  # read: counted so far, and since the last line
         self.undecodable, self.named = 0, set()  # images of this epoch; all names that were printed
         self.stopping, self.bar = None, None  # the signal that stops the run; its progress bar
         self.saved_at, self.overdue = time.monotonic(), False  # the last checkpoint, and whether it is too long ago
         self.pool, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints
-        if resume or evaluate:
-            self.load(total_steps, same_epoch=evaluate)
-        self.total_steps = self.done if evaluate else total_steps
+        if args.resume or self.evaluates:
+            self.load(total_steps)
+        self.total_steps = self.done if self.evaluates else total_steps
         accelerator.wait_for_everyone()  # nobody writes before everybody has read
-        if accelerator.is_main_process and resume:
+        if accelerator.is_main_process and args.resume:
             trim_metrics(self.metrics, self.done)
-        elif accelerator.is_main_process and not evaluate:
-            write_json(folder / "args.json", settings | {"output": str(folder)} | provenance(accelerator.num_processes))
+        elif accelerator.is_main_process and not self.evaluates:
+            settings = vars(args) | {"output": str(self.folder)}
+            write_json(self.folder / "args.json", settings | provenance(accelerator.num_processes))
             self.metrics.write_text("")
         self.signals = catch_signals()
 
-    def check_origin(self, state, path, total_steps):
+    def check_origin(self, state, total_steps):
         """Raise UserError unless the state of a checkpoint is of the same data and backbone, and of this run."""
-        data, backbone = f"--data {self.settings['data']}", f"--backbone {self.settings.get('backbone')}"
-        if state["images"] != self.images:
-            raise UserError(
-                f"{data} has {self.images} images to train on, {self.folder} was begun on {state['images']}"
-            )
+        data, images = f"--data {self.args.data}", self.origin["images"]
+        if state["images"] != images:
+            raise UserError(f"{data} has {images} images to train on, {self.folder} was begun on {state['images']}")
         if state.get("data") not in (None, self.origin["data"]):
             raise UserError(
                 f"{data} is not the data that {self.folder} was begun on: names or sizes of its files differ; name that"
                 " data, or start a new run with another --output"
             )
         if state.get("backbone_sha256") != self.origin["backbone_sha256"]:
-            raise UserError(f"{backbone} has changed since {self.folder} was begun; start a new run")
-        if state["step"] > total_steps:
             raise UserError(
-                f"{path / 'state.json'} is damaged (step is {state['step']} of {total_steps}); remove {path} to resume"
-                " from the checkpoint before it"
+                f"--backbone {self.args.backbone} has changed since {self.folder} was begun; start a new run"
             )
+        if state["step"] > total_steps:
+            raise ValueError(f"step is {state['step']} of {total_steps}")
 
-    def load(self, total_steps, same_epoch):
+    def load(self, total_steps):
         """Restore everything from the newest checkpoint."""
         path = complete_checkpoints(self.checkpoints)[-1]
-        tensors, state = load_checkpoint(path, STATE)
-        self.check_origin(state, path, total_steps)
-        try:
+        tensors, state = load_checkpoint(path)
+        remedy = f"remove {path} to resume from the checkpoint before it"
+        with explained(f"{path / 'state.json'} is damaged", remedy, *DAMAGE):
+            self.check_origin(state, total_steps)
+            self.done, self.undecodable = int(state["step"]), int(state["undecodable"])
+            # A checkpoint of an earlier version has no sums: its first log line averages the steps since the resume.
+            sums = state.get("sums") or {}
+            self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in sums.items()}
+            self.summed = int(state.get("summed") or 0)
+            if self.accelerator.scaler is not None and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        flags, remedy = self.folder / "args.json", "one of them was changed: restore it, or start a new run"
+        with explained(f"{path} does not fit the flags in {flags}", remedy, RuntimeError, KeyError, ValueError):
             for name, module in self.modules.items():
                 module.load_state_dict(tensors[name])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{path} does not fit the flags in {self.folder / 'args.json'} ({first_line(error)}); one of them was"
-                " changed: restore it, or start a new run"
-            ) from error
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.done, self.undecodable = state["step"], state["undecodable"]
-        # A checkpoint of an earlier version has no sums: its first log line averages the steps since the resume.
-        sums = state.get("sums") or {}
-        self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in sums.items()}
-        self.summed = state.get("summed") or 0
         position, note = self.done % self.steps_per_epoch, ""
-        if not same_epoch and (state.get("rows") or {}) != (self.origin["rows"] or {}) and position:
+        if not self.evaluates and (state.get("rows") or {}) != (self.origin["rows"] or {}) and position:
             # The images of this epoch that were already used are not known.
             self.done -= position
             self.sums, self.summed, self.undecodable = {}, 0, 0
@@ -143,7 +130,7 @@ class Run:
                 " in a new order"
             )
         if self.accelerator.is_main_process:
-            print(f"{'evaluate' if same_epoch else 'resume  after'} step {self.done}{note}")
+            print(f"{'evaluate' if self.evaluates else 'resume  after'} step {self.done}{note}")
 
     # ---- the loop
 
@@ -159,7 +146,7 @@ class Run:
             self.done, self.started = step + 1, time.perf_counter()
             yield step
             self.bar.update()
-            if self.due(self.checkpoint_every) or self.stopping or self.overdue:
+            if self.due(self.args.checkpoint_every) or self.stopping or self.overdue:
                 self.save()
             if self.stopping:
                 what = "Ctrl-C" if self.stopping == signal.SIGINT else "SIGTERM"
@@ -238,12 +225,12 @@ class Run:
             self.undecodable = 0
         if failures.any():
             self.undecodable += name_undecodable(failed, self.named, self.accelerator)
-            check_undecodable(self.undecodable, self.images, self.settings["data"])
+            check_undecodable(self.undecodable, self.origin["images"], self.args.data)
 
     def check_decoded(self, failed, images, **instead):
         """Name the undecodable of so many images in an evaluation, each once, and stop the run if they are too many."""
         failures = name_undecodable(failed, self.named, self.accelerator, **instead)
-        check_undecodable(failures, images, self.settings["data"])
+        check_undecodable(failures, images, self.args.data)
 
     def averages(self):
         """A line for the log: where the run stands, means over the steps since the last line, and their speed."""
@@ -253,7 +240,7 @@ class Run:
         seconds = self.spent.pop("step")
         line |= {
             "undecodable": self.undecodable,  # in this epoch
-            "images_per_second": self.summed * self.batch_size / seconds,
+            "images_per_second": self.summed * self.args.batch_size / seconds,
             "data_share": self.spent["data"] / seconds,
         }
         line |= {f"{what}_seconds": value for what, value in self.spent.items()}
@@ -292,7 +279,8 @@ class Run:
                 sums = {name: total.tolist() for name, total in self.sums.items()}
                 state = self.origin | {"sums": sums, "summed": self.summed, "undecodable": self.undecodable}
                 state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
-                self.writing = self.pool.submit(save_checkpoint, self.checkpoints, self.done, tensors, state, self.keep)
+                where = (self.checkpoints, self.done)
+                self.writing = self.pool.submit(save_checkpoint, *where, tensors, state, self.args.keep)
 
     def join_writer(self):
         """Wait until the last checkpoint is on disk. Raises UserError if it could not be written."""

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from moco import shapes
-from moco.checkpoint import complete_checkpoints
-from moco.errors import UserError
-from moco.jsonfile import is_text, or_absent, read_json
+from moco.backbone.publish import check_push
+from moco.data import shapes
+from moco.encoder import resnet_names
+from moco.errors import UserError, explained
+from moco.jsonfile import reading_json
+from moco.run.checkpoint import complete_checkpoints
+from moco.run.launch import core_count
 
 LOCKS = []  # open files of locked run folders, which are locked as long as they are open
 BACKBONE_HELP = (
@@ -56,6 +59,49 @@ positive = limited(float, lambda value: 0 < value <= LARGEST, f"a number above 0
 not_negative = limited(float, lambda value: 0 <= value <= LARGEST, f"a number from 0 to {LARGEST:g}")
 below_one = limited(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 seed = limited(int, lambda value: 0 <= value < 2**63, "at least 0 and below 2^63")
+
+
+# ---- flags that several scripts have
+
+
+def add_data_flags(add):
+    """The flags of `moco.data.load.load_splits`, which `data_options` hands to it, and those of how it is read."""
+    add("--image-column", metavar="NAME", help="column of images, if the data has several")
+    add("--label-column", metavar="NAME", help="column of labels, if the data has several")
+    add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
+    add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
+    add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
+    add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
+    add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
+    add_workers_flag(add)
+
+
+def data_options(args):
+    """What `add_data_flags` and the user said about the data, as keyword arguments of `load_splits`."""
+    names = ("image_column", "label_column", "revision", "no_streaming", "cache", "cache_gb")
+    return {name: getattr(args, name) for name in names}
+
+
+def add_workers_flag(add):
+    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
+
+
+def add_run_flags(add, checkpoint_every, log_every, default):
+    """The flags of a run. default: what its folder is if --output does not say."""
+    add("--output", type=folder, metavar="FOLDER", help=f"run folder [{default}]")
+    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --output")
+    often = {"type": at_least(1), "metavar": "STEPS"}
+    add("--checkpoint-every", **often, default=checkpoint_every, help="also at the end and on SIGTERM")
+    add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
+    add("--log-every", **often, default=log_every, help="between lines of metrics.jsonl")
+    add("--push-to-hub", metavar="USER/NAME", help="publish the backbone at the end, with what was measured")
+
+
+def add_backbone_flags(add):
+    """Where a backbone comes from, for `moco.backbone.load_backbone`."""
+    add("--backbone", metavar="SOURCE", help=BACKBONE_HELP)
+    add("--arch", choices=resnet_names(), metavar="ARCH", help="[as the backbone says; random: resnet50]")
+    add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder")
 
 
 # ---- parsing
@@ -103,48 +149,39 @@ def parse_resumed(parser, output, free):
             " or start a new run without --resume and --evaluate"
         )
     remedy = "restore it, or start a new run"
-    saved = read_json(output / "args.json", {"script": or_absent(is_text)}, remedy)
-    if saved.get("script", parser.prog) != parser.prog:
-        raise UserError(f"--output {output} holds a run of {saved['script']}; name the folder of a {parser.prog} run")
-    shapes.check_version(saved, "shapes")
-    begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
-    for action in parser._actions:
-        if action.dest in begun and not could_be(action, saved[action.dest]):
-            value = f"{action.dest} is {saved[action.dest]!r:.60}"
-            raise UserError(f"{output / 'args.json'} is damaged ({value}); {remedy}")
+    with reading_json(output / "args.json", remedy) as saved:
+        script = saved.get("script", parser.prog)
+        if script != parser.prog:
+            raise UserError(f"--output {output} holds a run of {script}; name the folder of a {parser.prog} run")
+        shapes.check_version(saved, "shapes")
+        begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
+        flags = {action.dest: saved[action.dest] for action in parser._actions if action.dest in begun}
+        given = {name: value for name, value in flags.items() if value is not None and value is not False}
+        try:  # as if they were typed, so that they are within their limits
+            typed = vars(parser.parse_args([word for name in given for word in as_words(name, given[name])]))
+        except UserError as error:
+            raise ValueError(error) from error
+        for name, value in flags.items():
+            if typed[name] != value:
+                raise ValueError(f"{name} is {value!r:.60}")
     parser.set_defaults(**{name: saved[name] for name in begun})
     args = parser.parse_args()
     args.output = output
     for name in sorted(begun - free):
         value = getattr(args, name)
         if value != saved[name]:
+            now, then = (" ".join(as_words(name, each)) for each in (value, saved[name]))
             raise UserError(
-                f"{as_flag(name, value)} cannot resume {output}, which has {as_flag(name, saved[name])};"
-                " leave the flag out, or start a new run with another --output"
+                f"{now} cannot resume {output}, which has {then}; leave the flag out, or start a new run with another"
+                " --output"
             )
     return args
 
 
-def could_be(action, value):
-    """Whether a value from a file could have come from a flag of the parser."""
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if value is None or (isinstance(value, list) and action.nargs is None):
-        return value is None and action.default is None
-    for each in value if isinstance(value, list) else [value]:
-        if action.choices is not None and each not in action.choices or isinstance(each, (bool, dict, list)):
-            return False
-        try:
-            if action.type is None and not isinstance(each, str) or action.type and action.type(str(each)) != each:
-                return False
-        except (ValueError, argparse.ArgumentTypeError):
-            return False
-    return True
-
-
-def as_flag(name, value):
-    """A flag as it is typed on the command line."""
-    return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+def as_words(name, value):
+    """A flag as it is typed on the command line, a list of words."""
+    values = value if isinstance(value, list) else [] if value is True else [value]
+    return [f"--{name.replace('_', '-')}", *map(str, values)]
 
 
 # ---- rules that several scripts share
@@ -157,12 +194,15 @@ def default_output(backbone, data, name):
     return Path("runs") / f"{name}-{re.sub(r'[^A-Za-z0-9.-]+', '-', backbone).strip('-.')}-{Path(data).resolve().name}"
 
 
-def check_output(output, continues, data):
-    """Create the run folder, and lock it until the process ends.
+def check_output(args):
+    """Create the run folder, and lock it until the process ends. args: the flags, of `add_run_flags`.
 
     Raises UserError if it is not writable, is used by another process, has to do with a folder of data, or holds a run
-    that this one does not continue.
+    that this one does not continue; and if the user may not push to the Hub, but wants to in the end.
     """
+    output, data = args.output, args.data
+    if args.push_to_hub and PartialState().is_main_process:
+        check_push(args.push_to_hub)
     if Path(data).is_dir():
         there, here = Path(data).resolve(), output.resolve()
         if there == here or there in here.parents or here in there.parents:
@@ -170,15 +210,17 @@ def check_output(output, continues, data):
                 f"--output {output} and --data {data} are one folder, or one lies in the other: a run's pictures would"
                 " become data; name another --output"
             )
-    try:
+    with explained(f"--output {output} cannot be written", "name another folder", OSError):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error}); name another folder") from error
     if PartialState().is_main_process:
         lock(output)
     left = [file for file in ("backbone/model.safetensors", "results.json") if (output / file).exists()]
-    if not continues and (complete_checkpoints(output / "checkpoints") or left):
+    if (
+        not args.resume
+        and not getattr(args, "evaluate", False)
+        and (complete_checkpoints(output / "checkpoints") or left)
+    ):
         raise UserError(f"--output {output} holds another run; add --resume to continue it, or name another folder")
 
 

@@ -1,0 +1,56 @@
+"""Backbones on the command line.
+
+python -m moco.backbone convert moco_v2_800ep_pretrain.pth.tar r50.safetensors --to torchvision
+python -m moco.backbone convert RUN r50_detectron2.pth --to detectron2
+python -m moco.backbone push RUN USER/NAME --private
+python -m moco.backbone embed RUN --data FOLDER features.parquet
+"""
+
+import argparse
+from pathlib import Path
+
+from moco.backbone import FORMATS, convert, load_backbone
+from moco.backbone.embed import embed
+from moco.backbone.publish import push_backbone
+from moco.errors import one_line_errors
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        prog="python -m moco.backbone", description="Convert a backbone, or publish one on the Hub.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser(
+        "convert", description="Write SOURCE's backbone as another program reads it, bit for bit."
+    ).add_argument
+    add("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
+    add("target", metavar="TARGET", help="the file or folder to write")
+    add("--to", choices=FORMATS, required=True, help="the program that is to read it")
+    add("--arch", help="a torchvision ResNet, or resnet10 [as SOURCE says]")
+    add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
+    add = commands.add_parser("push", description=push_backbone.__doc__.split("\n\n")[0]).add_argument
+    add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
+    add("name", metavar="USER/NAME", help="the repository, created where it is not there")
+    add("--private", action="store_true", help="create it for your eyes only")
+    add = commands.add_parser("embed", description="Write features of images to a parquet file, with a picture.")
+    add.add_argument("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
+    add.add_argument("--data", required=True, help="'shapes', a folder, or USER/NAME on the Hub")
+    add.add_argument("target", metavar="OUT", help="the .parquet file to write; OUT.png shows nearest neighbours")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.command == "embed":
+        embed(*load_backbone(args.source), args.data, args.target)
+        print(f"features are in {args.target}, nearest neighbours in {Path(args.target).with_suffix('.png')}")
+    elif args.command == "convert":
+        convert(args.source, args.target, args.to, args.arch, args.encoder)
+        print(f"{args.source} is now {args.target}")
+    else:
+        print(push_backbone(args.run, args.name, args.private))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

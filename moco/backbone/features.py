@@ -1,0 +1,146 @@
+"""Features of images under a frozen backbone: for kNN during and after training, and to be cached."""
+
+import copy
+import shutil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from moco.augment import normalize, to_float
+from moco.data.batches import center_crops, loader, ordered_rows
+from moco.encoder import feature_width
+from moco.errors import UserError
+from moco.jsonfile import reading_json, write_json
+from moco.knn import default_k, knn_evaluate
+
+FEATURE_BATCH = 256  # images in a forward pass without gradients
+MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most
+
+
+class Features:
+    """Features of images under a frozen backbone, of which each process makes its share.
+
+    backbone: in eval mode, without a head. size: of the fixed crop of an image. workers: of a process.
+    Beside features there are labels, and the undecodable images of this process's share as (name, reason).
+    """
+
+    def __init__(self, backbone, size, workers, accelerator):
+        self.backbone, self.size, self.workers, self.accelerator = backbone, size, workers, accelerator
+        self.width, self.device = feature_width(backbone.state_dict()), accelerator.device
+
+    def share(self, dataset, rows):
+        """(position of the first, rows) that this process reads of `rows`, a sequence of int."""
+        return dataset.split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
+
+    @torch.no_grad()
+    def batches(self, dataset, rows):
+        """Features of `rows`, this process's own, a batch at a time.
+
+        Yields the position in `rows` of a batch's first row (batches come in the order in which workers read them),
+        features (n, width) float32, labels (n,) and the undecodable images.
+        """
+        order = ordered_rows(dataset, rows, FEATURE_BATCH, self.workers)
+        items = [([(0, row) for row in batch], groups) for _, batch, groups in order]
+        batches = loader(center_crops(dataset, self.size), items, self.workers)
+        progress = tqdm(batches, "features", leave=False, disable=not self.accelerator.is_main_process)
+        for (first, batch, _), (crops, labels, failed) in zip(order, progress, strict=True):
+            if len(batch):
+                with self.accelerator.autocast():
+                    pooled = self.backbone(normalize(to_float(crops.to(self.device, non_blocking=True))))
+                yield first, pooled.float(), labels.to(self.device), failed
+
+    def fill(self, out, dataset, rows):
+        """Write features and labels of `rows` over the first rows of two tensors or arrays; returns the undecodable."""
+        undecodable = []
+        for first, features, labels, failed in self.batches(dataset, rows):
+            for whole, values in zip(out, (features, labels)):
+                whole[first : first + len(labels)] = values if torch.is_tensor(whole) else values.cpu().numpy()
+            undecodable += failed
+        return undecodable
+
+    def all(self, dataset, rows):
+        """On every process features (len(rows), width) float32 and labels (len(rows),); and the undecodable."""
+        first, mine = self.share(dataset, rows)
+        features = torch.zeros(len(rows), self.width, device=self.device)
+        labels = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        undecodable = self.fill((features[first:], labels[first:]), dataset, mine)
+        # Shares differ in length, and the rows of other processes are zero here, so a sum joins them.
+        return self.accelerator.reduce(features, "sum"), self.accelerator.reduce(labels, "sum"), undecodable
+
+    def bank(self, dataset, rows):
+        """This process's share of the features, (m, width) float32 and L2-normalised, its labels, and the undecodable.
+
+        Written batch by batch into one tensor, because collecting them first would hold them twice.
+        """
+        _, mine = self.share(dataset, rows)
+        bank = torch.empty(len(mine), self.width, device=self.device)
+        labels = torch.empty(len(mine), dtype=torch.long, device=self.device)
+        undecodable = self.fill((bank, labels), dataset, mine)
+        return F.normalize(bank, dim=1, out=bank), labels, undecodable
+
+    def cache(self, folder, digest, dataset):
+        """Write features of one fixed crop of each image, float16, and labels to folder/*.npy, for `CachedFeatures`.
+
+        Each process writes its part of the same files. digest: of the backbone; a finished cache is recognised by it.
+        Returns the undecodable images, and the number of all processes'; for a finished cache, only that.
+        Raises UserError if the disk is too full.
+        """
+        made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": self.size}
+        paths, done = [folder / "features.npy", folder / "labels.npy"], folder / "cache.json"
+        if done.exists():
+            with reading_json(done, "remove it, and the features are made again") as known:
+                if made_of.items() <= known.items():
+                    return [], int(known["undecodable"])
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (done, *paths):
+                path.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        needed, free = len(dataset) * (2 * self.width + 8), shutil.disk_usage(folder).free
+        if needed > free:  # otherwise a bus error would end the run: files are mapped now and filled later
+            raise UserError(
+                f"{folder} needs {needed / 1e9:.1f} GB for features, {free / 1e9:.1f} GB are free; make room"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            np.lib.format.open_memmap(paths[0], "w+", np.float16, (len(dataset), self.width))
+            np.lib.format.open_memmap(paths[1], "w+", np.int64, (len(dataset),))
+        self.accelerator.wait_for_everyone()
+        files = [np.load(path, mmap_mode="r+") for path in paths]
+        first, mine = self.share(dataset, range(len(dataset)))
+        undecodable = self.fill([file[first:] for file in files], dataset, mine)
+        for file in files:
+            file.flush()
+        count = len(gather_object(undecodable))  # by then every process has written its part
+        if self.accelerator.is_main_process:
+            write_json(done, made_of | {"undecodable": count})
+        return undecodable, count
+
+
+def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
+    """kNN accuracy in percent of test images or, without a test set, of training images held out of the bank.
+
+    encoder: a ResNet; a copy of it runs in eval mode without its head `fc`. It looks at a fixed sample of at most
+    MONITOR_BANK and MONITOR_QUERIES images, which is enough to follow training; linear_probe.py evaluates in full.
+    Returns the accuracy, this process's undecodable images as (name, reason), and how many images were looked at.
+    """
+    backbone = copy.deepcopy(encoder).eval()
+    backbone.fc = nn.Identity()
+    if test_set is None:
+        held_out = min(MONITOR_QUERIES, max(1, len(train_set) // 5))
+        sample = train_set.sample(MONITOR_BANK + held_out)
+        test_set, queries, rows = train_set, sample[:held_out], sample[held_out:]
+    else:
+        queries, rows = test_set.sample(MONITOR_QUERIES), train_set.sample(MONITOR_BANK)
+    features = Features(backbone, size, workers, accelerator)
+    bank, bank_labels, failed = features.bank(train_set, rows)
+    asked, labels, failed_too = features.all(test_set, queries)
+    classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
+    k = default_k(len(rows))
+    scores = knn_evaluate(asked, labels, bank, bank_labels, classes, [k], 0.07, accelerator)
+    return scores[k]["top1"], failed + failed_too, len(rows) + len(queries)
