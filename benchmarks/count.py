@@ -92,7 +92,7 @@ def augmentation(batch, size, recipe="v2", step=0):
     return call
 
 
-def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, micro_batch=None):
+def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_per_pass=None):
     """A call of `moco_step` or `simclr_step` without the backward pass, which has no dispatch to count."""
     with torch.device("cuda"):
         encoder, key_encoder = (build_encoder(arch, bn_batch=bn_batch) for _ in range(2))
@@ -108,7 +108,7 @@ def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, micro_bat
     order = shuffle_order(0, 0, batch)
     return lambda: moco_step(
         encoder, key_encoder, queue, nothing, views, order, accelerator,
-        temperature=0.2, encoder_momentum=0.999, micro_batch=micro_batch or batch,
+        temperature=0.2, encoder_momentum=0.999, images_per_pass=images_per_pass or batch,
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def main():
         calls = {
             "augmentation, v2": augmentation(args.batch, args.size),
             "MoCo, forward": half_a_step("moco", *shape, args.bn_batch),
-            "MoCo, forward, a pass for each group": half_a_step("moco", *shape, None, micro_batch=args.bn_batch),
+            "MoCo, forward, a pass for each group": half_a_step("moco", *shape, None, images_per_pass=args.bn_batch),
             "MoCo, forward, one group": half_a_step("moco", *shape, args.batch),
             "SimCLR, forward": half_a_step("simclr", *shape, None),
         }

@@ -146,7 +146,7 @@ def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=Non
         moco_step(
             query_encoder, key_encoder, queue, optimizer, views,
             shuffle_order(0, next(numbers), accelerator.num_processes * batch), accelerator,
-            temperature=0.2, encoder_momentum=0.999, micro_batch=batch,
+            temperature=0.2, encoder_momentum=0.999, images_per_pass=batch,
         )  # fmt: skip
 
     return step

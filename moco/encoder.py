@@ -85,7 +85,7 @@ def average_tensors(tensors, accelerator):
 
 
 @torch.no_grad()
-def average_statistics(modules, accelerator):
+def average_batchnorm(modules, accelerator):
     """Replace BatchNorm's running statistics by their mean over processes, in place.
 
     Called after each step, this keeps the whole state of a run equal on every process, so that any of them can evaluate

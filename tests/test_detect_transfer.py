@@ -26,7 +26,8 @@ from two_processes import seen
 import detect_transfer
 from moco.backbone import load_backbone, save_backbone
 from moco.backbone.publish import prepare_folder
-from moco.detection.model import build_detector, precise_statistics
+from moco.detection.detect import precise_statistics
+from moco.detection.model import build_detector
 from moco.encoder import build_encoder
 from moco.errors import one_line_errors
 from moco.schedule import warmup_step_rate

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from conftest import ROOT, metrics_of, run_script
 from torch import nn
 
+from moco.data.order import Order
 from moco.errors import UserError
 from moco.jsonfile import write_json
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
@@ -21,12 +21,13 @@ from moco.run.run import Run
 
 
 class Images:
-    """As many as `images`; what their order depends on is the order itself."""
+    """As many as `images`; their order depends on the number of workers, as a stream's does."""
 
     traffic = None
 
     def __init__(self, images, fingerprint="f"):
-        self.images, self.fingerprint, self.order_state = range(images), lambda: fingerprint, lambda order: order
+        self.images, self.fingerprint = range(images), lambda: fingerprint
+        self.order_state = lambda order: {"workers": order.workers}
 
     def __len__(self):
         return len(self.images)
@@ -41,13 +42,12 @@ def start(tmp_path):
         module = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(module.weight)
         optimizer = torch.optim.SGD(module.parameters(), 1.0, momentum=0.9)
-        args = {"output": tmp_path, "data": "numbers", "backbone": "none", "resume": False, "evaluate": False}
-        args = Namespace(**args, batch_size=8, checkpoint_every=4, keep=9)
-        for name in args.__dict__.keys() & options.keys():
-            setattr(args, name, options.pop(name))
         images = Images(options.pop("images", 40), options.pop("fingerprint", "f"))
-        total_steps = options.pop("total_steps", 10)
-        return Run(args, Accelerator(cpu=True), {"module": module}, optimizer, images, total_steps, **options)
+        order = Order(options.pop("batch_size", 8), seed=0, workers=options.pop("workers", 0))
+        options = {"total_steps": 10, "checkpoint_every": 4, "keep": 9} | options
+        settings = {"data": "numbers", "backbone": "none"}
+        model = nn.ModuleDict({"module": module})
+        return Run(tmp_path, Accelerator(cpu=True), model, optimizer, images, order, settings=settings, **options)
 
     yield make
     for number, handler in before.items():
@@ -57,7 +57,7 @@ def start(tmp_path):
 def take_step(run, loss=1.0):
     with torch.no_grad():
         run.modules["module"].weight += 1
-    run.record([], loss=torch.tensor(loss), accuracy=torch.tensor(50.0))
+    run.record(loss=torch.tensor(loss), accuracy=torch.tensor(50.0))
 
 
 def weight_in(checkpoint):
@@ -199,7 +199,7 @@ def test_time_beside_the_steps_is_logged(start, tmp_path):
         take_step(run)
         if run.due(5):
             line = run.averages()
-            with run.aside("knn"):
+            with run.paused_for("knn"):
                 torch.ones(1)
             run.log(line)
     first, second = read_metrics(tmp_path / "metrics.jsonl")
@@ -233,11 +233,11 @@ def test_other_data_or_another_backbone_is_refused(start):
 
 
 def test_another_order_resumes_at_the_start_of_the_epoch(start, capsys):
-    run = start(total_steps=7, order={"workers": 1})
+    run = start(total_steps=7, workers=1)
     for _ in run.steps():
         take_step(run)
-    assert start(resume=True, order={"workers": 1}).done == 7
-    assert start(resume=True, order={"workers": 2}).done == 5
+    assert start(resume=True, workers=1).done == 7
+    assert start(resume=True, workers=2).done == 5
     assert "not 7: processes, workers or window differ" in capsys.readouterr().out
 
 
@@ -250,7 +250,7 @@ def test_a_run_begun_before_sums_were_saved_is_resumed(start, tmp_path):
     state = json.loads(path.read_text())
     for name in ("sums", "summed", "backbone_sha256", "data"):
         del state[name]
-    write_json(path, state | {"totals": {"steps": 4, "loss": 4.0, "correct": 16.0}, "rows": {}})
+    write_json(path, state | {"totals": {"steps": 4, "loss": 4.0, "correct": 16.0}})
     run = start(resume=True)
     for _ in run.steps():
         take_step(run)
@@ -261,8 +261,20 @@ def test_a_run_begun_before_sums_were_saved_is_resumed(start, tmp_path):
 
 def test_undecodable_images_are_counted_by_epoch(start, tmp_path):
     run = start(images=400, batch_size=80)
+    batches = run.timed((step, [(f"{step}.jpg", "damaged")] if step in (1, 2, 6) else []) for step in range(10))
     for step in run.steps():
-        run.record([(f"{step}.jpg", "damaged")] if step in (1, 2, 6) else [], loss=torch.tensor(1.0))
+        assert next(batches) == step
+        run.record(loss=torch.tensor(1.0))
         if run.due(5):
             run.log(run.averages())
     assert [line["undecodable"] for line in metrics_of(tmp_path)] == [2, 1]
+
+
+def test_an_optimizer_of_what_would_not_be_saved_is_refused(tmp_path):
+    """Such as a predictor that an edit adds and forgets to hand over: it would be drawn anew on resume."""
+    encoder, predictor = nn.Linear(2, 3), nn.Linear(3, 5)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *predictor.parameters()], 0.1)
+    arguments = (optimizer, Images(40), Order(8, seed=0), 10)
+    with pytest.raises(UserError, match=r"trains 2 parameters, of shape 5x3, 5, .* \(encoder\).* lost on resume"):
+        Run(tmp_path, Accelerator(cpu=True), nn.ModuleDict({"encoder": encoder}), *arguments)
+    Run(tmp_path, Accelerator(cpu=True), nn.ModuleDict({"encoder": encoder, "predictor": predictor}), *arguments)

@@ -110,7 +110,7 @@ def run_trajectory(golden, name, dtype, bn_batch, accelerator, grouped=False):
         with patch.object(train_moco, "contrastive_logits", keep_logits):
             loss, accuracy = train_moco.moco_step(
                 query_encoder, key_encoder, queue, optimizer, views, inputs[f"step{step}.idx_shuffle"], accelerator,
-                temperature=config["T"], encoder_momentum=config["m"], micro_batch=n if grouped else bn_batch,
+                temperature=config["T"], encoder_momentum=config["m"], images_per_pass=n if grouped else bn_batch,
             )  # fmt: skip
         outputs |= {f"step{step}.loss": loss[None], f"step{step}.acc1": accuracy[None]}
         outputs[f"step{step}.logits"] = torch.cat(logits).detach()

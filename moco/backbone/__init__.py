@@ -323,12 +323,12 @@ def save_loaded(folder, backbone, known):
     save_backbone(folder, backbone, known["arch"], known["image_size"], known["tag"], known["settings"])
 
 
-def push_loaded(run, source, backbone, known, name):
+def push_loaded(run, source, backbone, known, name, license=None):
     """Publish what `load_backbone` gave for `source`, with the results measured in `run`; see `push_backbone`."""
     save_loaded(run / "backbone", backbone, known)
     if (Path(source) / "curves.png").exists():
         shutil.copy(Path(source) / "curves.png", run / "backbone")
-    return push_backbone(run, name)
+    return push_backbone(run, name, license=license)
 
 
 # ---- convert

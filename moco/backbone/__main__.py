@@ -32,6 +32,7 @@ def parse_args():
     add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
     add("name", metavar="USER/NAME", help="the repository, created where it is not there")
     add("--private", action="store_true", help="create it for your eyes only")
+    add("--license", metavar="NAME", help="of the weights, such as mit; the card names none without it")
     add = commands.add_parser("embed", description="Write features of images to a parquet file, with a picture.")
     add.add_argument("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
     add.add_argument("--data", required=True, help="'shapes', a folder, or USER/NAME on the Hub")
@@ -48,7 +49,7 @@ def main():
         convert(args.source, args.target, args.to, args.arch, args.encoder)
         print(f"{args.source} is now {args.target}")
     else:
-        print(push_backbone(args.run, args.name, args.private))
+        print(push_backbone(args.run, args.name, args.private, args.license))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import huggingface_hub
 from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from moco.backbone.publish import check_push
 from moco.data import shapes
 from moco.encoder import resnet_names
 from moco.errors import UserError, explained
@@ -95,6 +96,13 @@ def add_run_flags(add, checkpoint_every, log_every, default):
     add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
     add("--log-every", **often, default=log_every, help="between lines of metrics.jsonl")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone at the end, with what was measured")
+    add("--license", metavar="NAME", help="of the published weights, such as mit; the card names none without it")
+
+
+def run_options(args):
+    """What `add_run_flags` and the user said about the run, as keyword arguments of `moco.run.run.Run`."""
+    names = ("checkpoint_every", "keep", "resume", "evaluate")
+    return {"settings": vars(args)} | {name: getattr(args, name) for name in names if name in args}
 
 
 def add_backbone_flags(add):
@@ -133,8 +141,8 @@ def flag_parser(usage, description):
     return parser
 
 
-def given_flags(parser):
-    """The flags as given so far, for defaults that depend on them; --help is left for the final parse."""
+def parse_early(parser):
+    """The flags with the defaults so far, because other defaults depend on them; --help waits for the final parse."""
     return parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
 
 
@@ -201,6 +209,8 @@ def check_output(args):
     that this one does not continue; and if the user may not push to the Hub, but wants to in the end.
     """
     output, data = args.output, args.data
+    if args.license and not args.push_to_hub:
+        raise UserError(f"--license {args.license} is for --push-to-hub, which is missing: add it, or leave this out")
     if args.push_to_hub and PartialState().is_main_process:
         check_push(args.push_to_hub)
     if Path(data).is_dir():
@@ -252,8 +262,23 @@ def check_memory(needs):
             raise UserError(f"{what} would take {size / 1e9:.3g} GB, this machine has {memory / 1e9:.3g}; lower it")
 
 
-def check_batch(batch_size, processes, part_flag, part):
-    """Raise UserError unless the batch divides into parts of --part-flag `part` images on each process."""
+def check_push(name):
+    """Raise UserError before a run whose push to `name` at its end could not succeed without a login."""
+    later = "`hf auth login`, or leave the flag out and `python -m moco.backbone push` when the run is done"
+    with (
+        explained(f"--push-to-hub {name}: the Hub refuses your login or cannot be reached", later),
+        explained(
+            f"--push-to-hub {name}", "name USER/NAME, and `hf auth login`", HFValidationError, LocalTokenNotFoundError
+        ),
+    ):
+        huggingface_hub.utils.validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("it lacks the user or organisation")
+        huggingface_hub.HfApi().whoami()
+
+
+def check_batch(batch_size, processes, part_flag=None, part=1):
+    """Raise UserError unless the batch divides into processes, and there into parts of --part-flag `part` images."""
     unit = processes * part
     if batch_size % unit:
         below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit

@@ -64,6 +64,14 @@ def device_in_words(workers):
     return words
 
 
+def optimizer_in_words(optimizer):
+    """The class and the settings of an optimizer as it runs, without its learning rate, which a schedule sets."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # as Accelerate wraps it
+    shown = {name: value for name, value in optimizer.defaults.items() if name != "lr" and value not in (None, False)}
+    words = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
+    return f"{type(optimizer).__name__} with " + ", ".join(words)
+
+
 def threads_were_chosen():
     """Whether the user set OMP_NUM_THREADS. Launchers set it as well, to 1 unless they were told another number."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
