@@ -39,7 +39,7 @@ from moco.jsonfile import write_json
 from moco.run import flags
 from moco.run.checkpoint import read_metrics, weights_digest
 from moco.run.flags import at_least, positive, seed
-from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator
+from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator, stoppable
 from moco.run.run import Run
 from moco.schedule import warmup_step_rate
 
@@ -105,7 +105,8 @@ def to_device(items, device):
 
 def training_passes(detector, batches, accelerator):
     """A forward pass in training mode for each micro-batch of `batches`, as `precise_statistics` wants them."""
-    for items, _ in tqdm(batches, "BatchNorm", leave=False, disable=not accelerator.is_main_process):
+    progress = tqdm(batches, "BatchNorm", leave=False, disable=not accelerator.is_main_process)
+    for items, _ in stoppable(progress, accelerator):
         with accelerator.autocast():
             detector(*to_device(items, accelerator.device))
         yield
@@ -157,7 +158,7 @@ def main():
     def detections():
         """Detections of the test images and, on the main process, their scores."""
         steps = min(PRECISE_ITERATIONS, len(data.train) // args.batch_size)
-        rows = islice(micro_batches_from(run.done), steps * micro_batches)
+        rows = list(islice(micro_batches_from(run.done), steps * micro_batches))
         passes = training_passes(model["detector"].train(), loader(train_images, rows, args.workers), accelerator)
         precise_statistics(model["detector"], passes, accelerator)
         predictions, failed = detect(model["detector"], test_images, args.workers, accelerator)
@@ -165,7 +166,15 @@ def main():
         model["detector"].train()
         return predictions, evaluate_detections(data, predictions) if is_main else None
 
+    def logged(line):
+        """Log a line with the scores of this moment."""
+        with run.paused_for("evaluation"):
+            _, scores = detections()
+        run.log(line | (main_scores(scores) if is_main else {}))
+
     # ---- training
+    if run.unlogged:
+        logged(run.unlogged)
     batches = run.timed(loader(train_images, micro_batches_from(run.done), args.workers))
     for step in run.steps():
         lr = warmup_step_rate(args.lr, step, milestones, args.warmup)
@@ -176,12 +185,7 @@ def main():
 
         evaluates = args.evaluate_every and run.due(args.evaluate_every) and run.done < run.total_steps
         if run.due(args.log_every) or evaluates:
-            line = run.averages() | {"lr": lr}
-            if evaluates:
-                with run.paused_for("evaluation"):
-                    _, scores = detections()
-                line |= main_scores(scores) if is_main else {}
-            run.log(line)
+            (logged if evaluates else run.log)(run.averages(lr=lr))
         if is_main and run.due(args.checkpoint_every):
             with run.paused_for("picture"):
                 save_detection_curves(args.output / "curves.png", run.metrics)

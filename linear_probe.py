@@ -154,7 +154,15 @@ def main():
         run.check_decoded(failed, len(dataset))
         return accuracies
 
+    def logged(line):
+        """Log a line with the accuracies of this moment."""
+        with run.paused_for("evaluation"):
+            top1, top5 = map(list, zip(*accuracies_on(sets.test)))
+        run.log(line | {"top1": top1, "top5": top5})
+
     # ---- training
+    if run.unlogged:
+        logged(run.unlogged)
     if args.cached_features and run.done < run.total_steps:
         failed, count = frozen.cache(args.output / "features", digest, sets.train)
         run.check_decoded(failed, len(sets.train))
@@ -179,11 +187,8 @@ def main():
         run.record(loss=losses, accuracy=accuracies)  # a number for each classifier
 
         if run.due(args.log_every) or run.due(steps_per_epoch):
-            line = run.averages() | {"lr": lrs}
-            if run.due(args.evaluate_every * steps_per_epoch) and run.done < run.total_steps:
-                with run.paused_for("evaluation"):
-                    line["top1"], line["top5"] = map(list, zip(*accuracies_on(sets.test)))
-            run.log(line)
+            evaluates = run.due(args.evaluate_every * steps_per_epoch) and run.done < run.total_steps
+            (logged if evaluates else run.log)(run.averages(lr=lrs))
 
     # ---- results
     results = probe_results(args.lr, accuracies_on(sets.test), sets.held_out and accuracies_on(sets.held_out))

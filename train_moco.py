@@ -183,8 +183,8 @@ def main():
             run.check_decoded(failed, images)
         return {"knn": accuracy}
 
-    if with_knn and not args.resume:
-        run.log({"step": 0, "epoch": 0} | knn_accuracy())
+    if with_knn and (run.unlogged or not args.resume):  # of the random backbone; or a signal stopped an evaluation
+        run.log((run.unlogged or {"step": 0, "epoch": 0}) | knn_accuracy())
 
     # ---- training
     rows = train_set.training_rows(order, run.done)
@@ -210,7 +210,7 @@ def main():
         run.record(loss=loss, accuracy=accuracy)
 
         if run.due(args.log_every) or run.due(steps_per_epoch):
-            line = run.averages() | {"lr": lr}
+            line = run.averages(lr=lr)
             if with_knn and run.due(args.knn_every * steps_per_epoch):
                 line |= knn_accuracy()
             run.log(line)

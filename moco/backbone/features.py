@@ -16,8 +16,10 @@ from moco.encoder import feature_width
 from moco.errors import UserError
 from moco.jsonfile import reading_json, write_json
 from moco.knn import default_k, knn_evaluate
+from moco.run.launch import stoppable
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
+CPU_PIXELS = 2**20  # in such a pass on a CPU, so that a signal is heard within seconds
 MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most
 
 
@@ -43,11 +45,12 @@ class Features:
         Yields the position in `rows` of a batch's first row (batches come in the order in which workers read them),
         features (n, width) float32, labels (n,) and the undecodable images.
         """
-        order = ordered_rows(dataset, rows, FEATURE_BATCH, self.workers)
+        count = min(FEATURE_BATCH, max(1, CPU_PIXELS // self.size**2)) if self.device.type == "cpu" else FEATURE_BATCH
+        order = ordered_rows(dataset, rows, count, self.workers)
         items = [([(0, row) for row in batch], groups) for _, batch, groups in order]
         batches = loader(center_crops(dataset, self.size), items, self.workers)
         progress = tqdm(batches, "features", leave=False, disable=not self.accelerator.is_main_process)
-        for (first, batch, _), (crops, labels, failed) in zip(order, progress, strict=True):
+        for (first, batch, _), (crops, labels, failed) in zip(order, stoppable(progress, self.accelerator)):
             if len(batch):
                 with self.accelerator.autocast():
                     pooled = self.backbone(normalize(to_float(crops.to(self.device, non_blocking=True))))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from moco.data.batches import loader
 from moco.detection.coco import encode_masks
+from moco.run.launch import stoppable
 
 PASTE_CHUNK = 2**26  # pixels of masks pasted at a time: 0.8 GB in float32, two thirds of it for the grid to sample at
 
@@ -26,7 +27,8 @@ def detect(detector, images, workers, accelerator):
     mine = range(accelerator.process_index, len(images.records), accelerator.num_processes)
     batches = loader(images, [[(0, index)] for index in mine], workers)
     found, undecodable = [], []
-    for [(image, target)], failed in tqdm(batches, "detect", leave=False, disable=not accelerator.is_main_process):
+    progress = tqdm(batches, "detect", leave=False, disable=not accelerator.is_main_process)
+    for [(image, target)], failed in stoppable(progress, accelerator):
         record = images.records[target["index"]]
         found.append((target["index"], detect_one(detector, image, (record["height"], record["width"]), accelerator)))
         undecodable += failed

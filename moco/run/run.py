@@ -25,7 +25,16 @@ from moco.run.checkpoint import (
     save_checkpoint,
     trim_metrics,
 )
-from moco.run.launch import LONG_PATIENCE, STEP_PATIENCE, catch_signals, provenance, release_signals, set_patience
+from moco.run.launch import (
+    CAUGHT,
+    LONG_PATIENCE,
+    STEP_PATIENCE,
+    Stopped,
+    catch_signals,
+    provenance,
+    release_signals,
+    set_patience,
+)
 
 CHECKPOINT_SECONDS = 600  # a checkpoint is also due after so long, so that a slow run never starts from nothing
 
@@ -40,7 +49,7 @@ class Run:
         loss = ...                                  # one training step on next(batches), whatever it is
         run.record(loss=loss)
         if run.due(log_every):
-            run.log(run.averages() | {"lr": lr})
+            run.log(run.averages(lr=lr))
 
     All processes create one and call its methods together.
 
@@ -74,6 +83,7 @@ class Run:
         self.origin["backbone_sha256"] = backbone_sha256
         self.done = 0  # steps taken, including the current one
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
+        self.unlogged = None  # the log line of this moment, if it waits for an evaluation
         self.pending = None  # the last step's values, on their way from the device
         self.spent = {"step": 0.0, "data": 0.0}  # seconds since the last log line
         self.traffic, self.counted, self.read = images.traffic, 0, 0  # counted so far, and read since the last log line
@@ -93,7 +103,7 @@ class Run:
             settings = self.settings | {"output": str(folder)}
             write_json(self.folder / "args.json", settings | provenance(accelerator.num_processes))
             self.metrics.write_text("")
-        self.signals = catch_signals()
+        catch_signals()
 
     def check_origin(self, state, total_steps):
         """Raise UserError unless the state of a checkpoint is of the same data and backbone, and of this run."""
@@ -122,10 +132,8 @@ class Run:
         with explained(f"{path / 'state.json'} is damaged", remedy, *DAMAGE):
             self.check_origin(state, total_steps)
             self.done, self.undecodable = int(state["step"]), int(state["undecodable"])
-            # A checkpoint of an earlier version has no sums: its first log line averages the steps since the resume.
-            sums = state.get("sums") or {}
-            self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in sums.items()}
-            self.summed = int(state.get("summed") or 0)
+            self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in state["sums"].items()}
+            self.summed, self.unlogged = int(state["summed"]), state.get("unlogged")
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         fault = f"{path} does not fit the flags in {self.folder / 'args.json'}, or the script's modules"
@@ -162,14 +170,12 @@ class Run:
             if self.due(self.checkpoint_every) or self.stopping or self.overdue:
                 self.save()
             if self.stopping:
-                what = "Ctrl-C" if self.stopping == signal.SIGINT else "SIGTERM"
-                message = f"{what}: stopped after step {self.done}, which is saved; continue with --resume"
-                self.finish(128 + self.stopping, message)
+                self.stop(self.stopping)
         torch.backends.cudnn.benchmark = False
         set_patience(LONG_PATIENCE)
         self.bar.close()
         self.join_writer()
-        release_signals(self.signals)
+        release_signals()
 
     def timed(self, loader):
         """The batches of a loader without their last part, the undecodable images, which the run counts and names.
@@ -190,11 +196,20 @@ class Run:
 
     @contextmanager
     def paused_for(self, what):
-        """Work between two steps. The next log line has its seconds, as `what`_seconds."""
+        """Work between two steps. The next log line has its seconds, as `what`_seconds.
+
+        If a signal stops it, the run ends with a checkpoint whose log line is left open: after the resume the line is
+        `unlogged`, and the script makes the evaluation again.
+        """
         started = time.perf_counter()
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # batches of many sizes
         set_patience(LONG_PATIENCE)
-        yield
+        try:
+            yield
+        except Stopped as stopped:
+            self.unlogged = self.unlogged or {"step": self.done, "epoch": self.done / self.steps_per_epoch}
+            self.save()
+            self.stop(stopped.number)
         set_patience(STEP_PATIENCE)
         torch.backends.cudnn.benchmark = benchmark
         self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - started
@@ -212,7 +227,7 @@ class Run:
         overdue = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
         traffic = torch.tensor(self.traffic.totals() if self.traffic else [], dtype=torch.double)
         failed, self.failed = self.failed, []
-        shared = torch.tensor([len(failed), max(self.signals, default=0), overdue])
+        shared = torch.tensor([len(failed), max(CAUGHT, default=0), overdue])
         shared, self.counted = torch.cat([shared, traffic - self.counted]).to(row.dtype), traffic
         row = torch.cat([row, shared.to(row.device, non_blocking=True)])
         rows = self.accelerator.gather(row[None]).to("cpu", non_blocking=True)  # a row a process
@@ -250,8 +265,11 @@ class Run:
         failures = name_undecodable(failed, self.named, self.accelerator, **instead)
         check_undecodable(failures, images, self.settings.get("data"))
 
-    def averages(self):
-        """A line for the log: where the run stands, means over the steps since the last line, and their speed."""
+    def averages(self, **values):
+        """A line for the log: where the run stands, means over the steps since the last line, and their speed.
+
+        values: whatever else the line shall hold, such as the learning rate.
+        """
         self.settle()
         line = {"step": self.done, "epoch": self.done / self.steps_per_epoch}
         line |= {name: (total / self.summed).tolist() for name, total in self.sums.items()}
@@ -272,13 +290,15 @@ class Run:
             f"loss {np.min(line['loss']):.2f}, {accuracy}{speed:.{0 if speed >= 100 else 1}f} images/s,"
             f" {line['data_share']:.0%} waiting for data{rates}"
         )
-        return line
+        self.unlogged = line | values
+        return self.unlogged
 
     def log(self, line):
         """Append a line to metrics.jsonl, and send it to the tracker if there is one."""
         if self.accelerator.is_main_process:
             append_metrics(self.metrics, line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+        self.unlogged = None
 
     # ---- checkpoints
 
@@ -296,6 +316,7 @@ class Run:
                 tensors = {name: host_copy(values) for name, values in tensors.items()}
                 sums = {name: total.tolist() for name, total in self.sums.items()}
                 state = self.origin | {"sums": sums, "summed": self.summed, "undecodable": self.undecodable}
+                state["unlogged"] = self.unlogged
                 state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
                 where = (self.checkpoints, self.done)
                 self.writing = self.pool.submit(save_checkpoint, *where, tensors, state, self.keep)
@@ -307,6 +328,12 @@ class Run:
         self.writing = None
 
     # ---- the end
+
+    def stop(self, number):
+        """Stop every process after a signal; the current step is saved."""
+        what = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self.join_writer()
+        self.finish(128 + number, f"{what}: stopped after step {self.done}, which is saved; continue with --resume")
 
     def stop_diverged(self, what):
         """Stop every process. The checkpoint that is kept may already be diverging."""
