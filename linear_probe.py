@@ -22,6 +22,7 @@ from moco.backbone import load_backbone, push_loaded
 from moco.backbone.features import Features
 from moco.backbone.publish import public_name
 from moco.data import shapes
+from moco.data.arrays import normalization
 from moco.data.batches import CachedFeatures, labelled_crops, loader
 from moco.data.decode import check_undecodable
 from moco.data.load import check_trainable, count_classes, load_splits
@@ -130,6 +131,7 @@ def main():
 
     # ---- backbone and classifiers, equal on every process, because their seed and their updates are
     args.image_size = args.image_size or known.get("image_size", 224)
+    mean, std = normalization(sets.train, known.get("mean"), known.get("std"))
     width, digest = feature_width(backbone.state_dict()), weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it
     # would change the very features that are measured, even without gradients.
@@ -147,7 +149,7 @@ def main():
         finite=False,  # of several classifiers some may diverge while others learn
         **flags.run_options(args),
     )  # fmt: skip
-    frozen = Features(backbone, args.image_size, args.workers, accelerator)
+    frozen = Features(backbone, args.image_size, mean, std, args.workers, accelerator)
 
     def accuracies_on(dataset):
         accuracies, failed = top_accuracies(frozen, classifiers, dataset, accelerator)
@@ -176,13 +178,13 @@ def main():
         lrs = [rate_at(lr, step, steps_per_epoch, args.epochs, "step") for lr in args.lr]
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-        inputs, labels = next(batches)  # crops (n, S, S, 3) uint8, or cached features (n, width) float16
+        (inputs,), labels = next(batches)  # crops (n, S, S, C), or cached features (n, width) float16
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if args.cached_features:
             features = inputs.float()
         else:
             with torch.no_grad(), accelerator.autocast():
-                features = backbone(normalize(to_float(inputs))).float()
+                features = backbone(normalize(to_float(inputs), mean, std)).float()
         losses, accuracies = probe_step(classifiers, optimizer, features, labels, accelerator)
         run.record(loss=losses, accuracy=accuracies)  # a number for each classifier
 

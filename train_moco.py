@@ -20,15 +20,16 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from moco.augment import AUGMENTATIONS, ViewAugment, sample_params
+from moco.augment import AUGMENTATIONS
 from moco.backbone import save_backbone
 from moco.backbone.features import knn_monitor
 from moco.backbone.publish import push_backbone
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
 from moco.data import shapes
-from moco.data.batches import train_batches
+from moco.data.arrays import normalization
 from moco.data.load import check_trainable, has_labels, load_splits
 from moco.data.order import Order
+from moco.data.views import FastViews
 from moco.encoder import average_batchnorm, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
 from moco.run import flags
@@ -88,7 +89,7 @@ def moco_step(
 ):
     """A training step of MoCo: Algorithm 1 of arXiv:1911.05722, with shuffled BatchNorm.
 
-    views: this process's query and key images, (n, 3, S, S) each; N = n x processes is the global batch.
+    views: this process's query and key images, (n, C, S, S) each; N = n x processes is the global batch.
     shuffle: (N,), the permutation in which keys are encoded. images_per_pass: of a forward pass, a divisor of n.
     Returns the loss and the accuracy in percent (how often the positive scores highest) of this process's images.
     """
@@ -154,11 +155,12 @@ def main():
     with_knn = args.knn_every > 0 and has_labels(train_set)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(train_set) // args.batch_size
-    own_rows = slice(rank * order.share, (rank + 1) * order.share)  # this process's part of the global batch
-    augment = ViewAugment(args.augment)
+    mean, std = normalization(train_set, args.mean, args.std)
+    args.pixels = {"channels": train_set.channels, "mean": mean, "std": std}  # no flag: what the encoders take
+    views = FastViews(AUGMENTATIONS[args.augment], args.image_size, mean, std)
 
     # ---- encoders, queue and optimizer
-    query_encoder, key_encoder, queue, optimizer = build_encoders(args, order.share, accelerator)
+    query_encoder, key_encoder, queue, optimizer = build_encoders(args, train_set.channels, order.share, accelerator)
     model = nn.ModuleDict({"query_encoder": accelerator.unwrap_model(query_encoder, keep_torch_compile=False)})
     model.update({} if args.simclr else {"key_encoder": key_encoder, "queue": queue})  # all that a run must keep
     pass_size = images_per_pass(order.share, args.bn_batch, args.micro_batch)
@@ -171,15 +173,11 @@ def main():
     run = Run(args.output, accelerator, model, optimizer, train_set, order, total_steps, **flags.run_options(args))
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
-    if is_main and not args.resume:
-        save_views(args.output / "views.png", train_set, next(train_set.training_rows(order, 0))[0][:8], args)
 
     def knn_accuracy():
         with run.paused_for("knn"):
-            sets = (train_set, test_set)
-            accuracy, failed, images = knn_monitor(
-                model["query_encoder"], *sets, args.image_size, args.workers, accelerator
-            )
+            options = (args.image_size, mean, std, args.workers, accelerator)
+            accuracy, failed, images = knn_monitor(model["query_encoder"], train_set, test_set, *options)
             run.check_decoded(failed, images)
         return {"knn": accuracy}
 
@@ -187,28 +185,29 @@ def main():
         run.log((run.unlogged or {"step": 0, "epoch": 0}) | knn_accuracy())
 
     # ---- training
-    rows = train_set.training_rows(order, run.done)
-    batches = run.timed(train_batches(train_set, args.image_size, args.seed, args.augment, rows, args.workers))
+    batches = run.timed(views.batches(train_set, order, run.done))
     for step in run.steps():
         lr = rate_at(args.lr, step, steps_per_epoch, args.epochs, args.schedule, args.warmup_epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        crops, _ = next(batches)  # (n, 2, S, S, 3) uint8
-        params = sample_params(args.augment, args.batch_size, args.seed, step, own_rows)
-        views = augment(crops.to(device, non_blocking=True), params)  # (n, 3, S, S) for queries, and for keys
+        crops, _ = next(batches)
+        images = views.on_device(crops, order, step, device)  # (n, C, S, S) for queries, and for keys
         if args.simclr:
             loss, accuracy = simclr_step(
-                query_encoder, optimizer, views, accelerator, temperature=args.temperature, bn_batch=args.bn_batch
+                query_encoder, optimizer, images, accelerator, temperature=args.temperature, bn_batch=args.bn_batch
             )
         else:
             shuffle = shuffle_order(args.seed, step, args.batch_size)
             loss, accuracy = moco_step(
-                query_encoder, key_encoder, queue, optimizer, views, shuffle, accelerator,
+                query_encoder, key_encoder, queue, optimizer, images, shuffle, accelerator,
                 temperature=args.temperature, encoder_momentum=args.encoder_momentum, images_per_pass=pass_size,
             )  # fmt: skip
         run.record(loss=loss, accuracy=accuracy)
 
+        if is_main and step == 0:
+            with run.paused_for("picture"):
+                save_views(args.output / "views.png", images, views.mean, views.std)
         if run.due(args.log_every) or run.due(steps_per_epoch):
             line = run.averages(lr=lr)
             if with_knn and run.due(args.knn_every * steps_per_epoch):
@@ -216,7 +215,9 @@ def main():
             run.log(line)
         if is_main and run.due(max(1, args.epochs // 20) * steps_per_epoch):
             with run.paused_for("picture"):
-                save_curves(args.output / "curves.png", run.metrics, logits_of_query)
+                chance = math.log(logits_of_query)
+                levels = {"loss": (chance, f"chance, log({logits_of_query}) = {chance:.2f}")}
+                save_curves(args.output / "curves.png", run.metrics, levels)
 
     # ---- results
     if is_main:
@@ -224,15 +225,15 @@ def main():
     accelerator.end_training()
 
 
-def build_encoders(args, share, accelerator):
+def build_encoders(args, channels, share, accelerator):
     """(query encoder, key encoder, queue, optimizer): equal on every process, because their seed and updates are.
 
-    share: images of a process in a step. The query encoder and its optimizer are prepared by Accelerate. SimCLR has
-    neither a key encoder nor a queue; they are None.
+    channels: of an image. share: images of a process in a step. The query encoder and its optimizer are prepared by
+    Accelerate. SimCLR has neither a key encoder nor a queue; they are None.
     """
     torch.manual_seed(args.seed)
     bn_batch = None if args.simclr else args.bn_batch  # simclr_step makes a pass of each group
-    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch)
+    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch, channels)
     query_encoder.to(memory_format=torch.channels_last)
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # each group of a step updates the running statistics in turn
@@ -285,6 +286,7 @@ def parse_args():
     add("--data", default="ILSVRC/imagenet-1k", help="'shapes', a folder, or USER/NAME on the Hub")
     flags.add_data_flags(add)
     add("--image-size", type=at_least(16), metavar="PIXELS", default=224, help="side of a view")
+    flags.add_pixel_flags(add)
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=RECIPES, default="v2", help="row of the ablation, or simclr; sets defaults")
     add("--head", choices=("fc", "mlp"), help="projection head")

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.step import alone
-from moco.augment import ViewAugment, plan, sample_params
+from moco.augment import AUGMENTATIONS, MEAN, STD, augment, plan, sample_params
 from moco.contrast import KeyQueue
 from moco.encoder import build_encoder
 from moco.shuffle import shuffle_order
@@ -78,16 +78,16 @@ def counted(call):
 
 
 def augmentation(batch, size, recipe="v2", step=0):
-    """A call of `ViewAugment` on fake crops of a GPU. What the host plans is planned before, with real numbers."""
+    """A call of `augment` on fake crops of a GPU. What the host plans is planned before, with real numbers."""
     with unset_fake_temporarily():
-        params = sample_params(recipe, batch, 0, step)
+        params = sample_params(AUGMENTATIONS[recipe], batch, 0, step)
         joined = {name: values.transpose(0, 1).flatten(0, 1) for name, values in params.items()}
-        planned = plan(joined, size, gray_first=recipe == "v1")
-    crops = torch.empty(batch, 2, size, size, 3, dtype=torch.uint8, device="cuda")
+        planned = plan(joined, size)
+    crops = [torch.empty(batch, size, size, 3, dtype=torch.uint8, device="cuda") for _ in range(2)]
 
     def call():
         with patch("moco.augment.plan", lambda *_: planned), patch("moco.augment.CHUNK", batch):
-            ViewAugment(recipe)(crops, params)
+            augment(crops, params, MEAN, STD)
 
     return call
 

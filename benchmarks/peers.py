@@ -33,7 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.data_path import photograph, standard_transform
 from benchmarks.step import our_step
-from moco.augment import ViewAugment, random_crop_boxes, sample_params
+from moco.augment import AUGMENTATIONS, MEAN, STD, augment, random_crop_boxes, sample_params
 from moco.data.decode import decode_crops
 from moco.encoder import build_encoder
 
@@ -75,7 +75,8 @@ def pillow_views(files, transform):
 def our_views(files, size, step=0):
     rng, n = np.random.default_rng(step), len(files)
     crops = [decode_crops({"bytes": data, "path": None}, partial(random_crop_boxes, rng=rng), size) for data in files]
-    return ViewAugment("v2")(torch.stack(crops), sample_params("v2", n, 0, step))
+    params = sample_params(AUGMENTATIONS["v2"], n, 0, step)
+    return augment([torch.stack(views) for views in zip(*crops)], params, MEAN, STD)
 
 
 def view_makers(size):

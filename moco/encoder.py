@@ -31,13 +31,13 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([*map(super().forward, x.split(self.group))])
 
 
-def build_encoder(arch, dim=128, head="mlp", stem="imagenet", bn_batch=None):
+def build_encoder(arch, dim=128, head="mlp", stem="imagenet", bn_batch=None, channels=3):
     """A torchvision ResNet whose `fc` is the projection head: (N, 3, H, W) images -> (N, dim), not normalised.
 
     arch: a name from `resnet_names()`. dim: output width C.
     head: "fc", one Linear (v1), or "mlp", Linear-ReLU-Linear with hidden width = feature width (v2).
     stem: "imagenet" (7x7 stride 2, max-pool) or "small" (3x3 stride 1, no pooling: for images of about 32 pixels).
-    bn_batch: images that share BatchNorm statistics in training; None for all of a forward pass.
+    bn_batch: images that share BatchNorm statistics in training; None for all of a forward pass. channels: of an image.
     Raises ValueError for an unknown arch, head or stem.
     Source: arXiv:1911.05722 section 3.3, arXiv:2003.04297 section 2; the small stem is that of MoCo's CIFAR notebook.
     """
@@ -53,9 +53,11 @@ def build_encoder(arch, dim=128, head="mlp", stem="imagenet", bn_batch=None):
     if head == "mlp":
         width = encoder.fc.in_features
         encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
-    if stem == "small":
-        encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+    if stem == "small" or channels != 3:
+        options = {"kernel_size": 3, "padding": 1} if stem == "small" else {"kernel_size": 7, "stride": 2, "padding": 3}
+        encoder.conv1 = nn.Conv2d(channels, encoder.conv1.out_channels, bias=False, **options)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if stem == "small":
         encoder.maxpool = nn.Identity()
     return encoder
 

@@ -19,11 +19,12 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save
 
+from moco.augment import AUGMENTATIONS, MEAN, STD
 from moco.backbone import read_backbone, read_config
 from moco.backbone.publish import read_results
-from moco.data.batches import crop_pairs
 from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, is_transparent
 from moco.data.load import load_splits
+from moco.data.views import FastViews
 from moco.detection.data import image_size
 from moco.encoder import build_encoder
 from moco.errors import UserError
@@ -37,7 +38,7 @@ def record(data):
 
 
 def crops_of(data):
-    return decode_crops(record(data), lambda h, w: np.array([[0, 0, h, w]] * 2), 16)
+    return torch.stack(decode_crops(record(data), lambda h, w: np.array([[0, 0, h, w]] * 2), 16))
 
 
 # ---- programs and memory
@@ -68,7 +69,7 @@ def test_postscript_is_not_run_from_a_file_or_a_row(ghostscript, tmp_path, capsy
     rows.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows" / "train.parquet")
     for folder in ("images", "rows"):
         images, _ = load_splits(str(tmp_path / folder))
-        *_, undecodable = crop_pairs(images, 16, seed=0)[[(0, 0), (0, 1)], ()]
+        *_, undecodable = FastViews(AUGMENTATIONS["v2"], 16, MEAN, STD).crops(images, seed=0)[[(0, 0), (0, 1)], ()]
         assert len(undecodable) == 1
     assert not ghostscript.exists()
     with pytest.raises(OSError):  # what this test protects from: Pillow by itself runs it

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
-from moco.augment import normalize, to_float
+from moco.augment import MEAN, STD, normalize, to_float
 from moco.data.batches import center_crops, loader, ordered_rows
 from moco.encoder import feature_width
 from moco.errors import UserError
@@ -26,12 +26,14 @@ MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, a
 class Features:
     """Features of images under a frozen backbone, of which each process makes its share.
 
-    backbone: in eval mode, without a head. size: of the fixed crop of an image. workers: of a process.
+    backbone: in eval mode, without a head. size: of the fixed crop of an image. mean, std: of each channel, which it is
+    normalised with. workers: of a process.
     Beside features there are labels, and the undecodable images of this process's share as (name, reason).
     """
 
-    def __init__(self, backbone, size, workers, accelerator):
+    def __init__(self, backbone, size, mean, std, workers, accelerator):
         self.backbone, self.size, self.workers, self.accelerator = backbone, size, workers, accelerator
+        self.mean, self.std = mean, std
         self.width, self.device = feature_width(backbone.state_dict()), accelerator.device
 
     def share(self, dataset, rows):
@@ -52,8 +54,9 @@ class Features:
         progress = tqdm(batches, "features", leave=False, disable=not self.accelerator.is_main_process)
         for (first, batch, _), (crops, labels, failed) in zip(order, stoppable(progress, self.accelerator)):
             if len(batch):
+                images = to_float(crops[0].to(self.device, non_blocking=True))
                 with self.accelerator.autocast():
-                    pooled = self.backbone(normalize(to_float(crops.to(self.device, non_blocking=True))))
+                    pooled = self.backbone(normalize(images, self.mean, self.std))
                 yield first, pooled.float(), labels.to(self.device), failed
 
     def fill(self, out, dataset, rows):
@@ -93,6 +96,8 @@ class Features:
         Raises UserError if the disk is too full.
         """
         made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": self.size}
+        if (tuple(self.mean), tuple(self.std)) != (MEAN, STD):
+            made_of |= {"mean": list(self.mean), "std": list(self.std)}
         paths, done = [folder / "features.npy", folder / "labels.npy"], folder / "cache.json"
         if done.exists():
             with reading_json(done, "remove it, and the features are made again") as known:
@@ -125,7 +130,7 @@ class Features:
         return undecodable, count
 
 
-def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
+def knn_monitor(encoder, train_set, test_set, size, mean, std, workers, accelerator):
     """kNN accuracy in percent of test images or, without a test set, of training images held out of the bank.
 
     encoder: a ResNet; a copy of it runs in eval mode without its head `fc`. It looks at a fixed sample of at most
@@ -140,7 +145,7 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
         test_set, queries, rows = train_set, sample[:held_out], sample[held_out:]
     else:
         queries, rows = test_set.sample(MONITOR_QUERIES), train_set.sample(MONITOR_BANK)
-    features = Features(backbone, size, workers, accelerator)
+    features = Features(backbone, size, mean, std, workers, accelerator)
     bank, bank_labels, failed = features.bank(train_set, rows)
     asked, labels, failed_too = features.all(test_set, queries)
     classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1

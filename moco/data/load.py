@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from moco.data.arrays import ImageRows
 from moco.data.cache import RowGroupCache
 from moco.data.decode import is_transparent, read_image
 from moco.data.folder import TEST, TRAIN, folder_splits
 from moco.data.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
-from moco.data.order import GroupedImages, batch_rows
 from moco.data.parquet import ParquetImages, read_footers
 from moco.data.shapes import shapes_dataset
 from moco.errors import UserError, explained, first_line
@@ -32,21 +32,23 @@ STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
 # ---- rows that can be read one by one
 
 
-class IndexedImages(GroupedImages):
+class IndexedImages(ImageRows):
     """A Hugging Face dataset as a sequence of {"image": {"bytes", "path"}, "label"}, of which any row is cheap to read.
 
     It has the methods of `ParquetImages`, so that nothing else needs to know which of the two it reads.
     """
 
-    traffic = cache = None  # it is not streamed
+    channels, dtype = 3, np.dtype(np.uint8)  # as `decode_image` makes them
 
     def __init__(self, dataset):
-        super().__init__(np.ones(len(dataset)))
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
 
     def select_groups(self, rows):
         """These rows alone, in their own order, as a sequence of their own."""
         return IndexedImages(self.dataset.select(np.sort(rows)))
+
+    def __len__(self):
+        return len(self.dataset)
 
     def __getitem__(self, row):
         return self.dataset[row]
@@ -72,21 +74,6 @@ class IndexedImages(GroupedImages):
         """(smallest, largest) label, a missing one as -1."""
         labels = np.asarray(self.dataset["label"])
         return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
-
-    def training_rows(self, order, start):
-        """Endless ([(epoch, row), ...], ()), a batch of one process each; see `batch_rows`."""
-        return ((rows, ()) for rows in batch_rows(len(self), order, start))
-
-    def order_state(self, order):
-        """What else the order of the rows depends on: nothing."""
-        return {}
-
-    def row_groups(self, rows):
-        """Nothing to read ahead."""
-        return []
-
-    def keep(self, groups):
-        """Nothing to keep."""
 
 
 def size_of(path):

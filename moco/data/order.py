@@ -35,12 +35,19 @@ class Order(NamedTuple):
         """Images of a process in a step."""
         return self.batch_size // self.world
 
+    @property
+    def own_rows(self):
+        """Which images of a step's batch are those of this process: a slice."""
+        return slice(self.rank * self.share, (self.rank + 1) * self.share)
+
 
 class GroupedImages:
     """A sequence of rows that lie in groups, which are read at once: what is chosen of it is whole groups.
 
-    rows_in_group: how many rows each has; one where rows can be read one by one. A subclass has `select_groups`.
+    rows_in_group: how many rows each has. A subclass has `select_groups`.
     """
+
+    channels, dtype = 3, np.dtype(np.uint8)  # of a decoded image
 
     def __init__(self, rows_in_group):
         self.rows_in_group = np.asarray(rows_in_group, dtype=np.int64)

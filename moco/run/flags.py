@@ -58,6 +58,7 @@ def at_least(low):
 LARGEST = 1e9  # no rate, temperature or weight decay is anywhere near it
 positive = limited(float, lambda value: 0 < value <= LARGEST, f"a number above 0 and at most {LARGEST:g}")
 not_negative = limited(float, lambda value: 0 <= value <= LARGEST, f"a number from 0 to {LARGEST:g}")
+finite = limited(float, lambda value: abs(value) <= LARGEST, f"a number from -{LARGEST:g} to {LARGEST:g}")
 below_one = limited(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 seed = limited(int, lambda value: 0 <= value < 2**63, "at least 0 and below 2^63")
 
@@ -75,6 +76,13 @@ def add_data_flags(add):
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
     add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
     add_workers_flag(add)
+
+
+def add_pixel_flags(add):
+    """What images are normalised with, for `moco.data.arrays.normalization`."""
+    units = {"nargs": "+", "metavar": "V", "help": "of each channel [ImageNet's, or measured where these do not fit]"}
+    add("--mean", type=finite, **units)
+    add("--std", type=positive, **units)
 
 
 def data_options(args):

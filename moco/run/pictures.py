@@ -1,6 +1,7 @@
 """Pictures of a run: what the encoders see, how training went, and which images are neighbours."""
 
-import math
+import itertools
+import re
 
 import matplotlib
 
@@ -8,68 +9,66 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from moco.augment import AUGMENTATIONS, MEAN, STD, ViewAugment, random_crop_boxes, sample_params
-from moco.data.batches import crop_generator, crop_pairs
-from moco.data.decode import read_image
 from moco.run.checkpoint import read_metrics
 
 CURVE_POINTS = 400  # drawn of a log at most: every line of a long one would take seconds
+# Numbers of a log with their titles, in the order of their panels, and those that have no panel.
+CURVES = {
+    "loss": "contrastive loss", "accuracy": "contrast accuracy, %", "knn": "kNN accuracy, %", "lr": "learning rate",
+}  # fmt: skip
+BOOKKEEPING = "step|epoch|undecodable|images_per_second|data_share|.*_seconds|.*_mb|read_mb_per_second|resolves|refused"
 
 
-def save_views(path, dataset, rows, args):
-    """Images of the first step, a column each: the image with its two crops, the query view and the key view.
+def save_views(path, views, mean=None, std=None, count=8):
+    """The first images of a batch as the encoders get them: a column an image, a row a view.
 
-    rows: [(epoch, index), ...], the first of process 0 in step 0. args: the flags of the training. The views are what
-    the encoders get, made by the same functions; only the normalisation is undone.
+    views: a list of (n, C, S, S) float tensors. mean, std: what they were normalised with, to be undone. Values that do
+    not lie in [0, 1] afterwards are drawn between the least and the largest of a view. Of more than three channels the
+    first three are drawn, of fewer one.
     """
-    recipe, size, seed = args.augment, args.image_size, args.seed
-    images = [read_image(dataset, index)[0] for _, index in rows]
-    boxes = [
-        random_crop_boxes(*image.shape[:2], crop_generator(seed, *row), AUGMENTATIONS[recipe]["crop"])
-        for image, row in zip(images, rows)
-    ]
-    views, *_ = crop_pairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"])[rows, ()]
-    params = sample_params(recipe, args.batch_size, seed, step=0)
-    pair = ViewAugment(recipe)(views, {name: values[: len(rows)] for name, values in params.items()})
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-
-    figure, axes = plt.subplots(3, len(rows), figsize=(1.5 * len(rows), 5), squeeze=False, layout="constrained")
-    colors = ("tab:blue", "tab:orange")
-    for column, image in enumerate(images):
-        axes[0, column].imshow(image)
-        for (top, left, height, width), color, row in zip(boxes[column], colors, (1, 2), strict=True):
-            frame = plt.Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=color, linewidth=2)
-            axes[0, column].add_patch(frame)
-            axes[row, column].imshow((pair[row - 1][column] * std + mean).clamp(0, 1).permute(1, 2, 0))
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
-    for ax, name, color in zip(axes[:, 0], ("image, two crops", "query", "key"), ("black", *colors), strict=True):
-        ax.set_ylabel(name, color=color)
-    figure.suptitle("The task: match each query with the key below it, among the keys of all other images")
+    columns = min(count, len(views[0]))
+    figure, axes = plt.subplots(len(views), columns, figsize=(1.5 * columns, 1.6 * len(views) + 0.3), squeeze=False)
+    for number, (row, view) in enumerate(zip(axes, views)):
+        x = view[:columns].detach().float().cpu().permute(0, 2, 3, 1)
+        x = x if mean is None else x * torch.tensor(std) + torch.tensor(mean)
+        x = x[..., : 3 if x.shape[-1] >= 3 else 1]
+        if x.min() < -0.01 or x.max() > 1.01:
+            low, high = x.amin(dim=(0, 1, 2)), x.amax(dim=(0, 1, 2))
+            x = (x - low) / (high - low).clamp(min=1e-30)
+        for ax, image in zip(row, x.clamp(0, 1).numpy()):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+            ax.set_xticks([])
+            ax.set_yticks([])
+        row[0].set_ylabel(f"view {number + 1}")
+    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def save_curves(path, metrics, candidates):
-    """Loss beside its chance level, contrast accuracy, kNN and learning rate over epochs.
+def save_curves(path, metrics, levels):
+    """A panel for each number of a log that is no bookkeeping, over epochs; those of CURVES come first.
 
-    metrics: path of metrics.jsonl. candidates: how many the positive is among, for the chance level: 1 + K, or
-    SimCLR's 2N - 1.
+    metrics: path of metrics.jsonl. levels: {name of a number: (value, label)}, drawn as lines across; the untrained
+    backbone's kNN accuracy, where it was measured, is one, too.
     """
-    lines, chance = read_metrics(metrics, CURVE_POINTS), math.log(candidates)
-    scores = [line["knn"] for line in lines if "knn" in line]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    draw_curves(axes[0, 0], lines, "epoch", "contrastive loss", {"loss": None}, color="tab:blue")
-    draw_curves(axes[0, 1], lines, "epoch", "contrast accuracy, %", {"accuracy": None}, color="tab:orange")
-    draw_curves(axes[1, 0], lines, "epoch", "kNN accuracy, %", {"knn": None}, color="tab:green")
-    draw_curves(axes[1, 1], lines, "epoch", "learning rate", {"lr": None}, color="tab:gray")
-    levels = [(axes[0, 0], chance, f"chance, log({candidates}) = {chance:.2f}")]
-    levels += [(axes[1, 0], scores[0], f"random backbone, {scores[0]:.1f} %")] if scores else []
-    for ax, level, label in levels:
-        ax.axhline(level, color="black", linestyle="--", linewidth=1, label=label)
-        ax.legend()
-    for ax in axes[0]:
+    lines = read_metrics(metrics, CURVE_POINTS)
+    found = dict.fromkeys(name for line in lines for name in line if not re.fullmatch(BOOKKEEPING, name))
+    names = [name for name in CURVES if name in found] + [name for name in found if name not in CURVES]
+    start = next((line["knn"] for line in lines if line["step"] == 0 and "knn" in line), None)
+    levels = levels | ({} if start is None else {"knn": (start, f"random backbone, {start:.1f} %")})
+    rows = -(-len(names) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9, 3 * rows), sharex=True, squeeze=False, layout="constrained")
+    colors = itertools.cycle(("tab:blue", "tab:orange", "tab:green", "tab:gray", "tab:red", "tab:purple"))
+    for ax, name, color in itertools.zip_longest(axes.flat, names, itertools.islice(colors, len(names))):
+        if name is None:
+            ax.axis("off")
+            continue
+        draw_curves(ax, lines, "epoch", CURVES.get(name, name), {name: None}, color)
+        if name in levels:
+            value, label = levels[name]
+            ax.axhline(value, color="black", linestyle="--", linewidth=1, label=label)
+            ax.legend()
+    for ax in axes[:-1].flat:
         ax.set_xlabel("")
     figure.savefig(path, dpi=110)
     plt.close(figure)
