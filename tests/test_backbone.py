@@ -7,9 +7,10 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from moco.backbone import convert, load_backbone, read_backbone, save_backbone, to_detectron2
+from moco.backbone import convert, load_backbone, save_backbone
+from moco.backbone.keys import to_detectron2
+from moco.backbone.load import read_backbone
 from moco.encoder import build_encoder
 from moco.errors import UserError
 
@@ -25,7 +26,8 @@ def saved(tmp_path_factory):
 
 
 def assert_same_weights(backbone, encoder):
-    weights = {key: value for key, value in encoder.state_dict().items() if not key.startswith("fc.")}
+    weights = getattr(encoder, "backbone", encoder).state_dict()
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     assert backbone.state_dict().keys() == weights.keys()
     assert all(value.equal(weights[key]) for key, value in backbone.state_dict().items())
 
@@ -91,16 +93,15 @@ def test_round_trips_are_bit_exact(tmp_path, stem, to, name):
     convert(tmp_path / "source", tmp_path / name, to)
     assert_same_weights(load_backbone(tmp_path / name)[0], encoder)
     convert(tmp_path / name, tmp_path / "back.safetensors", "torchvision")
-    backbone = build_encoder("resnet18", stem=stem)
-    backbone.fc = nn.Identity()
+    backbone = build_encoder("resnet18", stem=stem).backbone
     backbone.load_state_dict(load_file(tmp_path / "back.safetensors"))  # strict
     assert_same_weights(backbone, encoder)
 
 
 def test_the_momentum_encoder_on_request(tmp_path):
     query, key = build_encoder("resnet10"), build_encoder("resnet10")
-    state = {f"module.encoder_q.{name}": value for name, value in query.state_dict().items()}
-    state |= {f"module.encoder_k.{name}": value for name, value in key.state_dict().items()}
+    state = {f"module.encoder_q.{name}": value for name, value in query.backbone.state_dict().items()}
+    state |= {f"module.encoder_k.{name}": value for name, value in key.backbone.state_dict().items()}
     torch.save({"arch": "resnet10", "state_dict": state | {"module.queue": torch.ones(2, 2)}}, tmp_path / "m.pth.tar")
     assert_same_weights(load_backbone(tmp_path / "m.pth.tar")[0], query)
     assert_same_weights(load_backbone(tmp_path / "m.pth.tar", encoder="key")[0], key)
