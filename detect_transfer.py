@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from moco.backbone import load_backbone, push_loaded
+from moco.backbone import load_backbone
 from moco.backbone.publish import public_name
+from moco.backbone.save import push_loaded
 from moco.data import shapes
 from moco.data.batches import loader
 from moco.data.order import Order
@@ -31,7 +32,7 @@ from moco.detection.data import (
     micro_batch_rows,
 )
 from moco.detection.detect import batch_norms, detect, precise_statistics
-from moco.detection.model import ANCHOR_SIZES, build_detector
+from moco.detection.model import ANCHOR_SIZES, build_detector, check_resnet
 from moco.detection.pictures import save_detection_curves, save_detections
 from moco.encoder import average_batchnorm
 from moco.errors import UserError, one_line_errors
@@ -127,6 +128,7 @@ def main():
     # ---- data
     with accelerator.local_main_process_first():  # one process a machine downloads, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        check_resnet(backbone)
         shapes.check_version(known.get("settings", {}), args.data)
         data = load_detection(args.data, args.years, args.box_format)
     if len(data.train) < args.batch_size:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco.augment import normalize, to_float
-from moco.backbone import load_backbone, push_loaded
+from moco.backbone import load_backbone
 from moco.backbone.features import Features
 from moco.backbone.publish import public_name
+from moco.backbone.save import push_loaded
 from moco.data import shapes
 from moco.data.arrays import normalization
 from moco.data.batches import CachedFeatures, labelled_crops, loader
@@ -122,7 +123,7 @@ def main():
 
     # ---- data
     with accelerator.local_main_process_first():  # one process a machine downloads or draws, the others find it there
-        backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed, args.image_size)
         shapes.check_version(known.get("settings", {}), args.data)
     sets = load_sets(args)
     check_trainable(sets.train, args.batch_size, args.data)
@@ -132,7 +133,7 @@ def main():
     # ---- backbone and classifiers, equal on every process, because their seed and their updates are
     args.image_size = args.image_size or known.get("image_size", 224)
     mean, std = normalization(sets.train, known.get("mean"), known.get("std"))
-    width, digest = feature_width(backbone.state_dict()), weights_digest(backbone.state_dict())
+    width, digest = feature_width(backbone, args.image_size), weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it
     # would change the very features that are measured, even without gradients.
     backbone = backbone.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)

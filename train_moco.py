@@ -30,11 +30,11 @@ from moco.data.arrays import normalization
 from moco.data.load import check_trainable, has_labels, load_splits
 from moco.data.order import Order
 from moco.data.views import FastViews
-from moco.encoder import average_batchnorm, build_encoder, momentum_update, resnet_names
+from moco.encoder import average_batchnorm, batchnorm_in_words, build_encoder, momentum_update, sync_batchnorm
 from moco.errors import UserError, one_line_errors
 from moco.run import flags
 from moco.run.checkpoint import read_metrics
-from moco.run.flags import at_least, below_one, not_negative, positive, seed
+from moco.run.flags import architecture, at_least, below_one, not_negative, positive, seed
 from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator
 from moco.run.pictures import save_curves, save_views
 from moco.run.run import Run
@@ -168,7 +168,7 @@ def main():
 
     # ---- the run
     if is_main:
-        print_settings(args, train_set, test_set, optimizer, order.share // pass_size, world, logits_of_query)
+        print_settings(args, model, train_set, test_set, optimizer, order.share // pass_size, world, logits_of_query)
     total_steps = args.epochs * steps_per_epoch
     run = Run(args.output, accelerator, model, optimizer, train_set, order, total_steps, **flags.run_options(args))
     if args.tracker:
@@ -233,7 +233,7 @@ def build_encoders(args, channels, share, accelerator):
     """
     torch.manual_seed(args.seed)
     bn_batch = None if args.simclr else args.bn_batch  # simclr_step makes a pass of each group
-    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch, channels)
+    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch, args.image_size, channels)
     query_encoder.to(memory_format=torch.channels_last)
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # each group of a step updates the running statistics in turn
@@ -243,7 +243,7 @@ def build_encoders(args, channels, share, accelerator):
         key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(accelerator.device)
         queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(accelerator.device)
     if args.bn_batch > share:
-        query_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(query_encoder)
+        query_encoder = sync_batchnorm(query_encoder)
     optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
     )
@@ -295,7 +295,7 @@ def parse_args():
     add("--schedule", choices=("cosine", "step", "warmup-cosine"), help="step: lr / 10 at 60 %% and 80 %% of the run")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="[%(default)s; simclr: lars]")
     add = parser.add_argument_group("encoders and queue").add_argument
-    add("--arch", choices=resnet_names(), metavar="ARCH", default="resnet50", help="a torchvision ResNet, or resnet10")
+    add("--arch", type=architecture, metavar="ARCH", default="resnet50", help="ResNet of torchvision, or timm/NAME")
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3 convolution, no pooling")
     add("--dim", type=at_least(1), metavar="C", default=128, help="width of queries and keys")
     add("--queue-size", type=at_least(1), metavar="K", default=65536, help="keys to keep [%(default)s; simclr: none]")
@@ -360,18 +360,20 @@ def check_args(args, processes, device_type):
     flags.check_output(args)
 
 
-def print_settings(args, train_set, test_set, optimizer, passes, processes, logits_of_query):
+def print_settings(args, model, train_set, test_set, optimizer, passes, processes, logits_of_query):
     """What the run will do, in the papers' terms. passes: through the encoder, of a process in a step."""
     steps, n = len(train_set) // args.batch_size, args.batch_size // processes // passes
+    stem = "" if args.arch.startswith("timm/") else f"{args.stem} stem, "
+    norms = batchnorm_in_words(model["query_encoder"], args.bn_batch)
     moco = f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"
     filling = f"; lower for {-(-args.queue_size // args.batch_size)} steps, while the queue fills"
     no_labels = "off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
     knn = f"every {args.knn_every} epochs, of {'test' if test_set else 'training'} images held out"
     print(
         f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
-        f"model   {args.arch}, {args.stem} stem, {args.dim} dimensions" + ("" if args.simclr else moco),
+        f"model   {args.arch}, {stem}{args.dim} dimensions" + ("" if args.simclr else moco),
         f"data    {args.data}: {len(train_set)} images at {args.image_size} pixels, {steps} steps an epoch",
-        f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {args.bn_batch}",
+        f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {norms}",
         f"train   {args.epochs} epochs, lr {args.lr} {args.schedule}, {optimizer_in_words(optimizer)}, mixed precision"
         f" {args.mixed_precision}",
         f"device  {device_in_words(args.workers)}",

@@ -104,9 +104,9 @@ def compare_data(rounds):
 def lightly_step(arch, size, batch, precision):
     """A function that takes the step of lightly's MoCo v2 example, on its own images unless it is given others."""
     torch.manual_seed(0)
-    resnet = build_encoder(arch, head="fc")
-    width = resnet.fc.in_features
-    backbone = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten())
+    encoder = build_encoder(arch, head="fc")
+    width = encoder.width
+    backbone = nn.Sequential(*list(encoder.backbone.children())[:-1], nn.Flatten())
     query = nn.Sequential(backbone, MoCoProjectionHead(width, width, 128))
     key = copy.deepcopy(query)
     deactivate_requires_grad(key)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save
 
 from moco.augment import AUGMENTATIONS, MEAN, STD
-from moco.backbone import read_backbone, read_config
+from moco.backbone.load import read_backbone, read_config
 from moco.backbone.publish import read_results
 from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, is_transparent
 from moco.data.load import load_splits
@@ -239,8 +239,7 @@ def test_400_damaged_json_files_are_read_or_refused_in_one_line(tmp_path):
 
 def test_100_damaged_weights_are_read_or_refused_in_one_line(tmp_path):
     rng = random.Random(2)
-    path, weights = tmp_path / "w.safetensors", build_encoder("resnet10").state_dict()
-    weights = {key: value for key, value in weights.items() if "fc." not in key}
+    path, weights = tmp_path / "w.safetensors", build_encoder("resnet10").backbone.state_dict()
     strange = [torch.tensor(1.0), torch.ones(3, dtype=torch.int64), torch.full((2, 2), torch.nan), torch.ones(0)]
     whole = save(weights)
     header = 8 + struct.unpack("<Q", whole[:8])[0]
@@ -262,7 +261,7 @@ def test_100_damaged_weights_are_read_or_refused_in_one_line(tmp_path):
     "key, value", [("conv1.weight", torch.inf), ("bn1.running_var", -1.0), ("bn1.bias", torch.nan)]
 )
 def test_weights_that_no_training_leaves_are_damaged(tmp_path, key, value):
-    weights = {name: v.clone() for name, v in build_encoder("resnet10").state_dict().items() if "fc." not in name}
+    weights = {name: v.clone() for name, v in build_encoder("resnet10").backbone.state_dict().items()}
     weights[key].view(-1)[0] = value
     (tmp_path / "w.safetensors").write_bytes(save(weights))
     with pytest.raises(UserError, match=f"w.safetensors holds damaged weights, .*: {key}"):

@@ -88,9 +88,8 @@ def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
     accuracy, undecodable, images = knn_monitor(encoder, few, None, 32, MEAN, STD, 0, accelerator)
     assert images == 100 and not undecodable
-    assert encoder.training and isinstance(encoder.fc, torch.nn.Sequential)  # as it was
-    encoder.eval().fc = torch.nn.Identity()
+    assert encoder.training and isinstance(encoder.head, torch.nn.Sequential)  # as it was
     sample = few.sample(100)
-    features, labels, _ = Features(encoder, 32, MEAN, STD, 0, accelerator).all(few, sample)
+    features, labels, _ = Features(encoder.backbone.eval(), 32, MEAN, STD, 0, accelerator).all(few, sample)
     predicted = knn_predict(features[:20], features[20:], labels[20:], len(CLASSES), k=default_k(80)).argmax(dim=1)
     assert accuracy == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())

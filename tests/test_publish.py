@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 
 import huggingface_hub
 import pytest
@@ -129,6 +130,50 @@ def test_a_recipe_that_is_added_to_the_script_is_named_on_the_card(tmp_path, hub
     )
     push_backbone(tmp_path / "b", "user/mine")
     assert "recipe mine of train_moco.py" in hub.files("models", "user/mine")["README.md"].read_text()
+
+
+# ---- loaded back before anything is sent
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= changes.pop("pretrained_cfg", {})
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "timm/vit_tiny_patch16_224"])
+def test_what_timm_would_load_otherwise_is_not_sent(tmp_path, hub, arch):
+    pytest.importorskip("timm")
+    encoder = build_encoder(arch, image_size=32)
+    settings = {"arch": arch}
+    save_backbone(tmp_path / "b", encoder, arch, 32, "moco", settings)
+    push_backbone(tmp_path / "b", "user/good")
+    damage = {
+        "resnet10": {"model_args": {"layers": [1, 1, 1, 1], "act_layer": "silu"}},  # loads, and computes something else
+        "timm/vit_tiny_patch16_224": {"model_args": {"img_size": 32, "global_pool": "avg"}},
+    }
+    edit_config(tmp_path / "b", **damage[arch])
+    assert "its features of the same images differ; nothing was sent" in refusal(
+        push_backbone, tmp_path / "b", "user/b"
+    )
+    edit_config(tmp_path / "b", architecture="resnet19")
+    assert "timm does not load" in refusal(push_backbone, tmp_path / "b", "user/b")
+    edit_config(tmp_path / "b", architecture="resnet18", num_features=7)
+    assert "not of width 7" in refusal(push_backbone, tmp_path / "b", "user/b")
+    assert "user/b" not in hub.created
+
+
+def test_without_timm_the_line_says_who_loaded_it_back(run, hub, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    push_backbone(run, "user/first")
+    assert "loads back by load_backbone; timm, which its card names, is not installed" in capsys.readouterr().out
+
+
+def test_a_small_stem_is_known_by_its_weights(tmp_path, hub):
+    """Imported weights come without settings, and the card would name libraries that do not load them."""
+    save_backbone(tmp_path / "b", build_encoder("resnet10", stem="small"), "resnet10", 32, "moco", {"arch": "resnet10"})
+    push_backbone(tmp_path / "b", "user/small")
+    assert "timm.create_model" not in hub.files("models", "user/small")["README.md"].read_text()
 
 
 # ---- what the Hub refuses

@@ -285,7 +285,7 @@ def test_the_backbone_is_torchvisions_without_its_head(uninterrupted):
     assert config["architecture"] == "resnet18" and config["num_features"] == 512
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32] and config["pretrained_cfg"]["classifier"] == "fc"
     encoder = final_state(uninterrupted)[0]["query_encoder"]
-    assert all(value.equal(encoder[name]) for name, value in weights.items())
+    assert all(value.equal(encoder[f"backbone.{name}"]) for name, value in weights.items())
 
 
 def test_a_compiled_run_is_saved_as_one_that_is_not(folder, uninterrupted, tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from torch import nn
 from tqdm import tqdm
 
 from moco.augment import MEAN, STD, normalize, to_float
@@ -26,15 +25,15 @@ MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, a
 class Features:
     """Features of images under a frozen backbone, of which each process makes its share.
 
-    backbone: in eval mode, without a head. size: of the fixed crop of an image. mean, std: of each channel, which it is
-    normalised with. workers: of a process.
+    backbone: in eval mode. size: of the fixed crop of an image. mean, std: of each channel, which it is normalised
+    with. workers: of a process.
     Beside features there are labels, and the undecodable images of this process's share as (name, reason).
     """
 
     def __init__(self, backbone, size, mean, std, workers, accelerator):
         self.backbone, self.size, self.workers, self.accelerator = backbone, size, workers, accelerator
         self.mean, self.std = mean, std
-        self.width, self.device = feature_width(backbone.state_dict()), accelerator.device
+        self.width, self.device = feature_width(backbone, size), accelerator.device
 
     def share(self, dataset, rows):
         """(position of the first, rows) that this process reads of `rows`, a sequence of int."""
@@ -133,12 +132,11 @@ class Features:
 def knn_monitor(encoder, train_set, test_set, size, mean, std, workers, accelerator):
     """kNN accuracy in percent of test images or, without a test set, of training images held out of the bank.
 
-    encoder: a ResNet; a copy of it runs in eval mode without its head `fc`. It looks at a fixed sample of at most
+    encoder: its `.backbone` is copied, and the copy runs in eval mode. It looks at a fixed sample of at most
     MONITOR_BANK and MONITOR_QUERIES images, which is enough to follow training; linear_probe.py evaluates in full.
     Returns the accuracy, this process's undecodable images as (name, reason), and how many images were looked at.
     """
-    backbone = copy.deepcopy(encoder).eval()
-    backbone.fc = nn.Identity()
+    backbone = copy.deepcopy(encoder.backbone).eval()
     if test_set is None:
         held_out = min(MONITOR_QUERIES, max(1, len(train_set) // 5))
         sample = train_set.sample(MONITOR_BANK + held_out)

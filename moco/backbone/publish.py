@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from safetensors.torch import load_file
 
+from moco.backbone.load import check_loads_back
 from moco.errors import UserError, explained
 from moco.jsonfile import reading_json
 from moco.run.checkpoint import weights_digest
@@ -32,10 +33,12 @@ def push_backbone(run, name, private=False, license=None):
 
     run: a run folder of train_moco.py or linear_probe.py, or a folder of `save_backbone`. name: USER/NAME.
     license: of the weights, for the card, which names none if it is None.
-    Everything is written to the folder before anything is sent, so that a push which fails can be repeated.
+    Everything is written to the folder and loaded back from it before anything is sent, so that a push which fails can
+    be repeated.
     Returns the repository's address. Raises UserError if there is nothing to push or the Hub does not take it.
     """
     folder = prepare_folder(Path(run), name, license)
+    check_loads_back(folder)
     options = (" --private" if private else "") + (f" --license {license}" if license else "")
     again = f"everything is in {folder}, so try again with `python -m moco.backbone push {run} {name}{options}`"
     rights = "the name must begin with your user name or organisation, and `hf auth login` needs a token that may write"
@@ -106,6 +109,7 @@ def model_card(config, results, name, with_curves, license=None):
     license: of the weights, None to name none.
     """
     settings, title = config["moco"], name.split("/")[-1]
+    channels, _, size = config["pretrained_cfg"]["input_size"]
     small_stem = settings.get("stem") == "small"  # of which timm, and so transformers, knows nothing
     recipe = settings.get("recipe")
     front = ModelCardData(
@@ -130,7 +134,7 @@ def model_card(config, results, name, with_curves, license=None):
         architecture=config["architecture"],
         layers=(config.get("model_args") or {}).get("layers"),  # of resnet10, which torchvision has no name for
         origin=origin,
-        size=config["pretrained_cfg"]["input_size"][-1],
+        size=f"{channels} channels and {size}" if channels != 3 else size,
         width=config["num_features"],
         small_stem=small_stem,
         settings={key: str(value) for key, value in shown.items()} if recipe else None,

@@ -36,11 +36,10 @@ def build_detector(
     In training `detector(images, targets)` is a dict of losses; each target may hold a "generator" to sample by.
     In evaluation `detector(images)` is a list of {"boxes" at the network's size, "labels" from 1, "scores", "masks"
     (n, 14, 14) probabilities}, to be taken to the image's own size by `rescale`.
-    Raises UserError for a backbone that is no ResNet.
+    Raises UserError as `check_resnet` does.
     Source: arXiv:1911.05722, section 4.2 and appendix; detectron2's R50-C4 configurations.
     """
-    if not isinstance(backbone, ResNet):
-        raise UserError(f"a C4 detector needs a torchvision ResNet as backbone, got a {type(backbone).__name__}")
+    check_resnet(backbone)
     resnet = copy.deepcopy(backbone).requires_grad_(True)
     body = C4Body(resnet)
     box_head = nn.Sequential(resnet.layer4, nn.BatchNorm2d(out_channels(resnet.layer4)))
@@ -72,6 +71,18 @@ def build_detector(
     )
     detector = GeneralizedRCNN(body, rpn, heads, Normalize())
     return freeze_norms(detector) if norm == "frozen" else detector
+
+
+def check_resnet(backbone):
+    """Raise UserError unless the backbone is a torchvision ResNet for images of three channels."""
+    if not isinstance(backbone, ResNet):
+        kind = type(backbone).__name__
+        raise UserError(f"a C4 detector needs a torchvision ResNet as backbone, got a {kind}; name another --backbone")
+    if backbone.conv1.in_channels != 3:
+        raise UserError(
+            f"a C4 detector needs a backbone for images of 3 channels, got one for {backbone.conv1.in_channels}; name"
+            " another --backbone"
+        )
 
 
 def out_channels(layer):

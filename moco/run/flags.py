@@ -14,7 +14,7 @@ from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from moco.data import shapes
-from moco.encoder import resnet_names
+from moco.encoder import check_arch
 from moco.errors import UserError, explained
 from moco.jsonfile import reading_json
 from moco.run.checkpoint import complete_checkpoints
@@ -48,6 +48,15 @@ def folder(text):
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} must be the name of a folder")
     return Path(text)
+
+
+def architecture(text):
+    """An argparse type: a name that `moco.encoder.build_encoder` knows."""
+    try:
+        check_arch(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def at_least(low):
@@ -116,7 +125,7 @@ def run_options(args):
 def add_backbone_flags(add):
     """Where a backbone comes from, for `moco.backbone.load_backbone`."""
     add("--backbone", metavar="SOURCE", help=BACKBONE_HELP)
-    add("--arch", choices=resnet_names(), metavar="ARCH", help="[as the backbone says; random: resnet50]")
+    add("--arch", type=architecture, metavar="ARCH", help="or timm/NAME [as the backbone says; random: resnet50]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder")
 
 
