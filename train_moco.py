@@ -65,7 +65,7 @@ def follow_batch(args):
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {
     "data_version": shapes.VERSION, "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998,
-    "epochs": 40, "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
+    "epochs": 20, "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 230,
 }  # fmt: skip
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.data.shapes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parent.parent
+# "epochs" are those of MoCo and SimCLR, twice the demo's; supervised has half as many.
 SHAPES = {"data": "shapes", "arch": "resnet10", "epochs": 40, "flags": "", "jobs": 2}
 SIZES = {  # jobs: runs at a time
     "cpu": SHAPES,
