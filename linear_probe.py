@@ -150,6 +150,7 @@ def main():
     if is_main:
         counts = (len(train_set), len(held_out or ()), len(test_set), classes)
         print_settings(args, known["arch"], width, counts, world)
+        train_set.print_order(order)
     run = Run(
         args, accelerator, {"classifiers": classifiers}, optimizer, train_set, args.epochs * steps_per_epoch,
         order=None if args.cached_features else order, backbone_sha256=digest,

@@ -190,6 +190,7 @@ def main():
     augment = ViewAugment(args.augment)
     if is_main:
         print_settings(args, train_set, test_set, world, passes, candidates)
+        train_set.print_order(order)
     modules = {"query_encoder": unwrapped} | ({} if args.end_to_end else {"key_encoder": key_encoder, "queue": queue})
     run = Run(args, accelerator, modules, optimizer, train_set, args.epochs * steps_per_epoch, order=order)
     if args.tracker:

@@ -163,8 +163,7 @@ def test_classes_of_a_stream_are_told_without_reading_its_images(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             count_classes(split, None, "D")
-    with pytest.raises(UserError, match="1 row groups, too few to hold 1 of 2 images out; .* --data FOLDER"):
-        stream([0, 1], named).hold_out(1, b"validation", 0)
+    assert [len(part) for part in stream([0, 1], named).hold_out(1, b"validation", 0)] == [1, 1]  # of one row group
 
 
 @pytest.mark.slow
@@ -178,7 +177,7 @@ def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path
     checkpoints = tmp_path / "run" / "checkpoints"
     whole = probe(parquet, tmp_path / "run", *flags)
     assert whole["classes"] == 20 and whole["validation_images"] == 13
-    assert whole["train_images"] + whole["held_out_images"] == 75 and 7 <= whole["held_out_images"] <= 15
+    assert whole["train_images"] + whole["held_out_images"] == 75 and whole["held_out_images"] == 7
     assert whole["steps"] == 6
     weights = (checkpoints / "step_6" / "classifiers.safetensors").read_bytes()
 

@@ -44,9 +44,9 @@ class IndexedImages(GroupedImages):
         super().__init__(np.ones(len(dataset)))
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
 
-    def select_groups(self, rows):
-        """These rows alone, in their own order, as a sequence of their own."""
-        return IndexedImages(self.dataset.select(np.sort(rows)))
+    def select_rows(self, rows):
+        """These rows alone, in this order, as a sequence of their own."""
+        return IndexedImages(self.dataset.select(rows))
 
     def __getitem__(self, row):
         return self.dataset[row]

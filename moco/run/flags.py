@@ -72,7 +72,12 @@ def add_data_flags(add):
     add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
     add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
-    add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
+    add(
+        "--shuffle-window",
+        type=at_least(1),
+        metavar="ROWS",
+        help="of a stream, shuffled at a time [800, and 4 row groups]",
+    )
     add_workers_flag(add)
 
 
