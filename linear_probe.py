@@ -22,7 +22,8 @@ from moco.backbone.publish import public_name
 from moco.data import shapes
 from moco.data.batches import CachedFeatures, labelled_crops, loader
 from moco.data.decode import check_undecodable
-from moco.data.load import check_trainable, count_classes, load_splits
+from moco.data.labels import count_classes
+from moco.data.load import check_trainable, load_splits
 from moco.data.order import Order, batch_rows
 from moco.encoder import average_tensors, feature_width
 from moco.errors import UserError, one_line_errors
@@ -122,6 +123,7 @@ def main():
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
         shapes.check_version(known.get("settings", {}), args.data)
     train_set, test_set = load_splits(args.data, **flags.data_options(args))
+    args.data_commit = train_set.commit
     args.image_size = args.image_size or known.get("image_size", 224)
     width, digest = feature_width(backbone.state_dict()), weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it
@@ -266,6 +268,7 @@ def parse_args():
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(1), metavar="EPOCHS", default=10, help="and at the end")
 
+    parser.set_defaults(data_commit=None)
     given = flags.given_flags(parser)
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
     args = parser.parse_args()

@@ -28,7 +28,8 @@ from moco.backbone.publish import push_backbone
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
 from moco.data import shapes
 from moco.data.batches import train_batches
-from moco.data.load import check_trainable, has_labels, load_splits
+from moco.data.labels import has_labels, monitor_test_set
+from moco.data.load import check_trainable, load_splits
 from moco.data.order import Order
 from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError, one_line_errors
@@ -173,9 +174,9 @@ def main():
 
     # ---- data
     train_set, test_set = load_splits(args.data, **flags.data_options(args))
+    args.data_commit = train_set.commit
     check_trainable(train_set, args.batch_size, args.data)
-    if test_set is not None and not has_labels(test_set):
-        test_set = None  # the kNN monitor then holds training images out
+    test_set = monitor_test_set(train_set, test_set, args.data)  # without one the monitor holds training images out
     with_knn = args.knn_every > 0 and has_labels(train_set)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch, n = len(train_set) // args.batch_size, order.share  # n: images of this process in a step
@@ -295,7 +296,7 @@ def parse_args():
     flags.add_run_flags(add, checkpoint_every=1000, log_every=10, default="runs/RECIPE-DATA")
     add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too, if it is installed")
-    parser.set_defaults(end_to_end=False, **RECIPES["v2"])  # for --help to show
+    parser.set_defaults(end_to_end=False, data_commit=None, **RECIPES["v2"])  # for --help to show
 
     given = flags.given_flags(parser)
     parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))

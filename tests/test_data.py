@@ -17,7 +17,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from moco.augment import crop_pair, random_crop_boxes
 from moco.data.batches import center_crop, center_crops, crop_generator, crop_pairs, train_batches
 from moco.data.decode import decode_crops, decode_image
-from moco.data.load import IndexedImages, has_labels, load_splits
+from moco.data.labels import has_labels
+from moco.data.load import IndexedImages, load_splits
 from moco.data.order import Order, batch_rows
 from moco.errors import UserError
 

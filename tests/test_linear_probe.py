@@ -17,7 +17,8 @@ from torch import nn
 from trajectory import tiny_resnet
 
 from linear_probe import LinearClassifiers, build_optimizer, count_correct, probe_step
-from moco.data.load import count_classes, load_splits
+from moco.data.labels import count_classes
+from moco.data.load import load_splits
 from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict

@@ -23,7 +23,8 @@ from moco.backbone import load_backbone
 from moco.backbone.features import Features
 from moco.data.batches import ordered_rows, train_batches
 from moco.data.hub import Traffic
-from moco.data.load import IndexedImages, count_classes, load_splits
+from moco.data.labels import count_classes
+from moco.data.load import IndexedImages, load_splits
 from moco.data.order import Order, stream_rows
 from moco.data.parquet import ParquetImages, read_footer, read_footers
 from moco.data.shapes import draw_scene, encode_jpeg
