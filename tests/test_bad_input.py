@@ -150,7 +150,7 @@ def test_a_folder_whose_images_are_none(refuse, tmp_path):
     (tmp_path / "fake").mkdir()
     for index in range(10):
         (tmp_path / "fake" / f"{index}.jpg").write_text("no image")
-    assert "none of the 10 images can be decoded" in refuse("--data", tmp_path / "fake")
+    assert "none of the 10 images of --data" in refuse("--data", tmp_path / "fake")
 
 
 def test_fewer_images_than_a_batch(refuse, folder):

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from moco.backbone import read_backbone, read_config
 from moco.backbone.publish import read_results
 from moco.data.batches import crop_pairs
-from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, is_transparent
+from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, traits
 from moco.data.load import load_splits
 from moco.detection.data import image_size
 from moco.encoder import build_encoder
@@ -57,7 +57,7 @@ def ghostscript(tmp_path, monkeypatch):
 
 
 def test_postscript_is_not_run_from_a_file_or_a_row(ghostscript, tmp_path, capsys):
-    for decode in (decode_image, lambda r: crops_of(r["bytes"]), lambda r: is_transparent(r) or decode_image(r)):
+    for decode in (decode_image, lambda r: crops_of(r["bytes"]), lambda r: any(traits(r)) or decode_image(r)):
         with pytest.raises(UNDECODABLE, match="no image in a format that is read here"):
             decode(record(EPS))
     assert image_size(record(EPS), {"images whose size cannot be read": 0}) == (1, 1)
@@ -124,7 +124,7 @@ def test_what_is_transparent_shows_white(kind):
         index = palette.getpixel((0, 0))
         alphas = bytes(0 if i == index else 255 for i in range(8)) if kind == "palette with alphas" else index
         data = encode(palette, "PNG", transparency=alphas)
-    assert is_transparent(record(data))
+    assert traits(record(data))[0]
     pixels = decode_image(record(data))
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert (
@@ -133,7 +133,7 @@ def test_what_is_transparent_shows_white(kind):
         ).max()
         < 40
     )
-    assert not is_transparent(record(encode(picture(), "PNG")))
+    assert traits(record(encode(picture(), "PNG"))) == (False, False, None)
 
 
 # ---- fuzz: damaged files of each kind give known refusals and nothing else

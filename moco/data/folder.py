@@ -22,10 +22,10 @@ def folder_splits(name, split=None):
     """{split: data set} of a folder of images, or None if it holds something else, which `datasets` may read.
 
     split: the folder to train on, if the user named one. Folders are splits if it is one of them, if the names of all
-    are in TRAIN, TEST or UNLABELED, or if there are names of both TRAIN and TEST. A data set has the column "image" and,
-    if there are several folders in the split, "label", the number of the folder among those of training in alphabetical
-    order, however deep below it an image lies. What was found is printed, and what is left out: files that are no
-    images, images beside splits, and labels of classes that are not trained on.
+    are in TRAIN, TEST or UNLABELED, or if there are names of both TRAIN and TEST. A data set has the column "image"
+    and, if there are several folders in the split, "label", the number of the folder among those of training in
+    alphabetical order, however deep below it an image lies. What was found is printed, and what is left out: files that
+    are no images, images beside splits, and labels of classes that are not trained on.
     """
     images, others, skipped = list_files(os.path.abspath(name))
     if not images or any(path.endswith(".parquet") or os.path.basename(path) in METADATA for path in others):

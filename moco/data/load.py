@@ -1,14 +1,10 @@
 """A data name becomes rows of encoded images: the built-in shapes, a folder of images, or a dataset on the Hub."""
 
 import hashlib
-import itertools
-import json
 import os
-import re
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,16 +12,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from moco.data.cache import RowGroupCache
-from moco.data.decode import is_transparent, read_image
-from moco.data.folder import TEST, TRAIN, folder_splits
-from moco.data.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
+from moco.data.decode import UNDECODABLE, decode_image, name_of, traits
+from moco.data.find import find_splits
+from moco.data.hub import RESOLVES, WINDOW, Traffic, is_remote
 from moco.data.order import GroupedImages, batch_rows
 from moco.data.parquet import ParquetImages, features_of, read_footers
-from moco.data.shapes import shapes_dataset
 from moco.errors import UserError, explained, first_line
-from moco.jsonfile import write_json
 
 LOOKED_AT = 64  # images whose headers are read at the start
+DEPTHS = (8, 12)  # bits that 16-bit images are taken to have, if no pixel of those looked at is above
 STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
 
 
@@ -40,21 +35,24 @@ class IndexedImages(GroupedImages):
 
     traffic = cache = None  # it is not streamed
 
-    def __init__(self, dataset, commit=None):
+    def __init__(self, dataset, commit=None, bits=None):
         super().__init__(np.ones(len(dataset)))
-        self.commit = commit
+        self.commit, self.bits = commit, bits
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
 
     def select_rows(self, rows):
         """These rows alone, in this order, as a sequence of their own."""
-        return IndexedImages(self.dataset.select(rows), self.commit)
+        return IndexedImages(self.dataset.select(rows), self.commit, self.bits)
 
     def without_labels(self):
         """The same images, and nothing else."""
-        return IndexedImages(self.dataset.select_columns("image"), self.commit)
+        return IndexedImages(self.dataset.select_columns("image"), self.commit, self.bits)
 
     def __getitem__(self, row):
-        return self.dataset[row]
+        values = self.dataset[row]
+        if self.bits and values["image"]:
+            values["image"]["bits"] = self.bits
+        return values
 
     def fingerprint(self):
         """Of what a run depends on: names and sizes of files, or rows and columns. The same wherever the data lies.
@@ -147,106 +145,41 @@ def load_splits(
             print(f"data    the test split of {name} has no rows, and is left out")
     if cache and train.cache is None and is_main:
         print(f"cache   not used, as {name} is not streamed from the Hub")
-    if name != "shapes" and isinstance(train, IndexedImages) and is_main:
-        looked_at = range(0, len(train), -(-len(train) // LOOKED_AT) or 1)
-        if transparent := sum(is_transparent(train[row]["image"]) for row in looked_at):
-            print(f"        {transparent} of {len(looked_at)} images looked at have transparent pixels, shown on white")
+    if name != "shapes":
+        bits = broadcast_object_list([look_at(train) if is_main else None])[0]
+        for part in (train, test):
+            if part is not None:
+                part.bits = bits
     return train, test
 
 
-def find_splits(name, here, revision, config, split, commit, streaming):
-    """((train, test), features, commit): each split a Hugging Face dataset, a list of paths of parquet files, or None.
+def look_at(images):
+    """Print what is uncommon in some images, and return how many bits gray pixels have that are stored in 16, or None.
 
-    here: whether `name` is a folder; otherwise it is on the Hub, or "shapes". features: what a dataset card says of the
-    columns, or None. commit: USER/NAME@COMMIT to read, or None; returned is the one that is read.
+    Of a stream they are those of the first row group.
     """
-    if name == "shapes":
-        with PartialState().local_main_process_first():  # drawn once a machine
-            return (shapes_dataset("train"), shapes_dataset("test")), None, None
-    if not here:
-        return find_on_hub(name, revision, config, split, commit, streaming)
-    folder, features = Path(name), None
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        splits = datasets.load_from_disk(name)
-        splits = {"train": splits} if isinstance(splits, datasets.Dataset) else splits
-    elif not (splits := folder_splits(name, split)):
-        splits, features = builder_splits(open_builder(name, config), name)
-    elif config:
-        raise UserError(f"--config {config} names a part of a dataset on the Hub, which --data {name} is not")
-    return train_and_test(splits, split, name), features, None
+    is_stream = isinstance(images, ParquetImages)
+    records = [images[row]["image"] for row in rows_looked_at(images, groups=1 if is_stream else LOOKED_AT)]
+    found, of = [traits(record) for record in records], f"of {len(records)} images looked at"
+    transparent, without_end, largest = zip(*found) if found else ((), (), ())
+    if any(transparent):
+        print(f"        {sum(transparent)} {of} have transparent pixels, shown on white")
+    if any(without_end):
+        print(f"        {sum(without_end)} {of} are JPEGs without an end marker, and are decoded all the same")
+    largest = [value for value in largest if value is not None]
+    if not largest:
+        return None
+    bits = next((bits for bits in DEPTHS if max(largest) < 2**bits), 16)
+    print(f"        {len(largest)} {of} have 16 bits a pixel, of values up to {max(largest)}: scaled as {bits} bits")
+    return bits if bits < 16 else None
 
 
-def find_on_hub(name, revision, config, split, commit, streaming):
-    """What `find_splits` has of a dataset on the Hub: at one commit, whatever its branch does later."""
-    begun = commit.partition("@")[2] if commit and commit.startswith(f"{name}@") else None
-    downloads = downloads_of(name, begun or revision, config, split)
-    newest = broadcast_object_list([check_hub_name(name, downloads, revision)])[0]
-    if begun and newest not in (None, begun) and PartialState().is_main_process:
-        print(f"data    {name} has moved to {newest[:12]} since the run began, which goes on with {begun[:12]}")
-    if newest is None and downloads.exists():
-        paths, features = json.loads(downloads.read_text()), None
-        if len(paths) > 2:
-            features = datasets.Features.from_dict(paths[2]) if paths[2] else None
-        found = re.search("/snapshots/([^/]+)/", paths[0][0])
-        return tuple(paths[:2]), features, found and f"{name}@{found[1]}"
-    commit = begun or newest
-    builder = open_builder(name, config, commit)
-    splits, features = builder_splits(builder, name, streaming)
-    train, test = train_and_test(splits, split, name)
-    if isinstance(train, list) and not streaming:
-        with PartialState().local_main_process_first():
-            train, test = download(train), test and download(test)
-        if PartialState().is_local_main_process:
-            known = [train, test, features and features.to_dict()]
-            for asked in {revision, commit}:  # for a new run, and for one that resumes
-                write_json(downloads_of(name, asked, config, split), known)
-    return (train, test), features, commit and f"{name}@{commit}"
-
-
-def open_builder(name, config, commit=None):
-    """The builder of `datasets`. Raises UserError that lists the configurations if one of several must be named."""
-    try:
-        return datasets.load_dataset_builder(name, config, revision=commit)
-    except ValueError as error:
-        if "onfig" not in str(error):
-            raise
-        known = ", ".join(datasets.get_dataset_config_names(name, revision=commit))
-        what = f"--config {config} is not in {name}, which has" if config else f"--data {name} has the configurations"
-        raise UserError(f"{what} {known}; name one with --config") from error
-
-
-def builder_splits(builder, name, streaming=False):
-    """({split: paths of its parquet files, or a data set}, the features that the dataset card names or None)."""
-    splits = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
-    if splits and all(path.endswith(".parquet") for path in itertools.chain(*splits.values())):
-        return splits, builder.info.features
-    if streaming and PartialState().is_main_process:
-        print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
-    with PartialState().local_main_process_first():
-        builder.download_and_prepare()
-    return builder.as_dataset(), None
-
-
-def downloads_of(name, revision, config=None, split=None):
-    """Where a dataset's downloaded parquet files are listed, for when the Hub cannot be reached."""
-    key = (name, revision) + ((config, split) if config or split else ())
-    return shared_folder("downloads") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:40]}.json"
-
-
-def train_and_test(splits, split, name):
-    """Of {split: data}, what to train on and what to test on, or None; what is neither is named.
-
-    split: to train on, if it is said. Raises UserError if there is no such split.
-    """
-    if split is not None and split not in splits:
-        raise UserError(f"--split {split} is not in {name}, whose splits are {', '.join(splits)}")
-    others = [each for each in splits if each not in TEST]
-    train = split or next((each for each in TRAIN if each in splits), (others or list(splits))[0])
-    test = next((each for each in TEST if each in splits and each != train), None)
-    left_out = [each for each in splits if each not in (train, test)]
-    if left_out and PartialState().is_main_process:
-        print(f"data    split {train} to train on, {test or 'none'} to test on; left out: {', '.join(left_out)}")
-    return splits[train], splits.get(test)
+def rows_looked_at(images, groups):
+    """At most LOOKED_AT rows, at equal distances in so many groups at equal distances."""
+    count = len(images.rows_in_group)
+    for group in range(0, count, -(-count // groups) or 1):
+        low, high = images.first_row[[group, group + 1]].tolist()
+        yield from range(low, high, -(-(high - low) // max(1, LOOKED_AT // groups)) or 1)
 
 
 def parquet_splits(name, splits, card, commit, image_column, label_column, cache, cache_gb):
@@ -303,7 +236,7 @@ def check_same_schema(paths, footers, label):
             names, expected = (getattr(features_of(each)[label], "names", None) for each in (footer, footers[0]))
             if names and expected and names != expected:
                 raise UserError(
-                    f"{path} names the classes {str(names)!r:.60}, unlike {paths[0]} ({str(expected)!r:.60}), so the same"
+                    f"{path} names the classes {str(names)!r:.60}, unlike {paths[0]} ({str(expected)!r:.60}), so one"
                     " number would mean two classes; write both with the names in one order"
                 )
 
@@ -322,38 +255,6 @@ def print_costs(train, test, cache):
         print("cache   off: every epoch reads everything again; --cache FOLDER keeps it")
     else:
         print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
-
-
-def check_hub_name(name, downloads=None, revision=None):
-    """The commit that a name's revision (None: main) stands for; None if the Hub does not answer but the data is here.
-
-    downloads: the file that lists what was downloaded, or None.
-
-    Raises UserError at once for a name or revision that the Hub does not have, and if it does not answer and nothing is
-    here.
-    """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or ".." in name:
-        raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
-    try:
-        return huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20).sha
-    except huggingface_hub.errors.RevisionNotFoundError as error:
-        raise UserError(f"--revision {revision} is not in {name} ({first_line(error)}); name another") from error
-    except huggingface_hub.errors.HfHubHTTPError as error:
-        raise UserError(
-            f"--data {name} is neither a folder here nor a dataset you can read on the Hub ({first_line(error)}); check"
-            f" the name, or if it is private or gated accept its terms on the Hub and run `hf auth login`"
-        ) from error
-    except Exception as error:  # no network, no answer, offline mode: each client library has its own exceptions
-        if downloads and downloads.exists():
-            return None
-        try:
-            datasets.load.CachedDatasetModuleFactory(name).get_module()
-        except FileNotFoundError:
-            raise UserError(
-                f"--data {name} is neither a folder here nor downloaded before, and the Hub cannot be reached"
-                f" ({first_line(error)}); once it can: accept the dataset's terms there if it asks, `hf auth login`"
-            ) from error
-        return None
 
 
 def choose_columns(features, name, image_column, label_column):
@@ -389,4 +290,14 @@ def check_trainable(train_set, batch_size, name):
     """Raise UserError unless there is a batch of images, and one that can be decoded."""
     if len(train_set) < batch_size:
         raise UserError(f"--data {name} has {len(train_set)} images, fewer than a batch of {batch_size}")
-    read_image(train_set, 0)
+    failed, groups = [], 4 if isinstance(train_set, ParquetImages) else LOOKED_AT
+    for row in rows_looked_at(train_set, groups):  # before anything searches all of the data for one that can be
+        values = train_set[row]
+        try:
+            decode_image(values["image"])
+            return
+        except UNDECODABLE as error:
+            failed.append(f"{name_of(values, row)}: {first_line(error)}")
+    raise UserError(
+        f"none of the {len(failed)} images of --data {name} that were looked at can be decoded; the first: {failed[0]}"
+    )

@@ -38,10 +38,11 @@ class GroupedImages:
     """A sequence of rows that lie in groups, each of which is read at once.
 
     rows_in_group: how many rows each has; one where rows can be read one by one. A subclass has `select_rows`, which
-    makes a sequence of some rows alone. commit: USER/NAME@COMMIT of a dataset on the Hub, otherwise None.
+    makes a sequence of some rows alone. commit: USER/NAME@COMMIT of a dataset on the Hub, otherwise None. bits: of gray
+    pixels that are stored in 16 bits, if they have fewer, otherwise None.
     """
 
-    commit = None
+    commit = bits = None
 
     def __init__(self, rows_in_group):
         self.rows_in_group = np.asarray(rows_in_group, dtype=np.int64)

@@ -289,6 +289,8 @@ class ParquetImages(GroupedImages):
             values[0] = {"bytes": values[0].get("bytes"), "path": values[0].get("path")}
         else:  # a plain column of bytes
             values[0] = {"bytes": values[0], "path": None}
+        if self.bits:
+            values[0]["bits"] = self.bits
         return dict(zip(self.column_names, values))
 
     def keep(self, groups):
@@ -305,7 +307,7 @@ class ParquetImages(GroupedImages):
         """The rows of one row group as a table, by one request where their bytes lie together."""
         file, index = self.groups[group]
         path, ranges = self.paths[file], self.ranges(group)
-        name = "-".join([f"{index:05}", *self.columns])
+        name = "-".join([f"{index:05}", *(column.replace("%", "%25").replace("-", "%2D") for column in self.columns)])
         damaged = explained(f"row group {index} of {path} cannot be read", "mend or replace the file", alone=True)
         with unchanged(path, self.status[file]), damaged:
             pieces = read_ranges(path, name, ranges, self.cache, self.traffic)
