@@ -65,7 +65,7 @@ def one_line_errors():
             raise
         reason = str(error).strip().splitlines()[-1][:200]
         message = (
-            f"/dev/shm, where data workers leave batches, is full ({reason}); make it larger (docker run --shm-size 8g),"
+            f"/dev/shm, where workers leave batches, is full ({reason}); make it larger (docker run --shm-size 8g),"
             " or lower --workers or --batch-size"
         )
     except OSError as error:

@@ -18,9 +18,9 @@ def embed(backbone, known, data, target, workers=2):
     """Write the features of `data` under a backbone to the parquet file `target`, and a picture beside it.
 
     backbone, known: what `load_backbone` gave. data: what `load_splits` takes; of several splits the one to train on.
-    Columns: "file" (a name or a row number), "label" if there are labels, whatever they are, and "feature", float32, not
-    normalised. The crops are those of evaluations, at the size that the backbone was trained at. Raises UserError as
-    these do.
+    Columns: "file" (a name or a row number), "label" if there are labels, whatever they are, and "feature", float32,
+    not normalised. The crops are those of evaluations, at the size that the backbone was trained at. Raises UserError
+    as these do.
     """
     target = Path(target)
     if target.suffix != ".parquet" or target.exists():

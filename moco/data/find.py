@@ -1,4 +1,4 @@
-"""Where the data lies that a name stands for: a folder, what `datasets` saved, or one commit of a dataset on the Hub."""
+"""Where the data of a name lies: in a folder, in what `datasets` saved, or in one commit of a dataset on the Hub."""
 
 import hashlib
 import itertools
