@@ -22,7 +22,7 @@ import linear_probe
 import train_moco
 from moco.data.shapes import draw_scene, encode_jpeg
 from moco.encoder import build_encoder
-from moco.errors import UserError, one_line_errors
+from moco.errors import UserError, first_line, one_line_errors
 from moco.run.checkpoint import complete_checkpoints
 from moco.run.flags import lock
 
@@ -287,6 +287,35 @@ def test_an_output_that_cannot_be_written(refuse, folder, tmp_path):
     assert str(tmp_path / "file") in line and "cannot be written" in line
 
 
+def test_a_home_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    flags = ["--data", "some/one", "--output", tmp_path / "run", *SMALL.split()]
+    done = run_script("train_moco.py", *flags, HF_HOME=str(tmp_path / "file" / "home"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "set HF_HOME to a folder that can" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_datasets_hides_is_said():
+    try:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from OSError(
+            "the disk is on fire"
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        assert first_line(error) == "OSError: the disk is on fire"
+
+
+def test_a_full_shared_memory(monkeypatch, capsys):
+    """What PyTorch says in a worker, and when the system kills one."""
+    for words in (
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
+        " shared memory.",
+    ):
+        with pytest.raises(SystemExit) as stopped, one_line_errors():
+            raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{words}")
+        line = capsys.readouterr().err
+        assert stopped.value.code == 2 and "/dev/shm" in line and "--workers" in line and line.count("\n") == 1
+
+
 # ---- linear_probe.py
 
 
@@ -410,7 +439,7 @@ def test_an_error_ends_the_process_though_workers_wait(error, code):
     program = f"""
 import itertools
 from moco.data.batches import loader
-from moco.errors import UserError, one_line_errors
+from moco.errors import UserError, first_line, one_line_errors
 from moco.run.flags import lock
 
 with one_line_errors():

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub import serving
 
+from moco.backbone import load_backbone
+from moco.backbone.embed import embed
 from moco.data.labels import count_classes, has_labels, monitor_test_set
 from moco.data.load import load_splits
 from moco.data.shapes import draw_scene, encode_jpeg
@@ -307,6 +309,17 @@ def test_labels_are_counted_with_those_that_are_missing(tmp_path):
     images, _ = load_splits(str(tmp_path / "data"))
     assert images.label_range() == (-1, 9) and not has_labels(images)
     assert images.select_rows([2, 0]).label_range() == (3, 5) and has_labels(images.select_rows([2, 0]))
+
+
+def test_features_are_written_beside_labels_of_any_kind(tmp_path):
+    labels = ["Bär", None, "Ara", "Bär"]
+    part = datasets.Dataset.from_dict({"image": IMAGES[:4], "label": labels}).cast_column("image", datasets.Image())
+    part.save_to_disk(tmp_path / "saved")
+    part.to_parquet(tmp_path / "parquet" / "train.parquet")
+    for kind in ("saved", "parquet"):
+        embed(*load_backbone("random", "resnet10"), str(tmp_path / kind), tmp_path / f"{kind}.parquet", workers=0)
+    found = [pq.read_table(tmp_path / f"{kind}.parquet").to_pydict() for kind in ("saved", "parquet")]
+    assert found[0] == found[1] and found[0]["label"] == labels and len(found[0]["feature"]) == 4
 
 
 # ---- one commit

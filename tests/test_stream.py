@@ -381,6 +381,8 @@ def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, pa
     assert metrics[0] == metrics[1] and len(metrics[0]) == 5
     assert ("GET", "/api/datasets/some/one/revision/v1.0", None) in hub.requests
     assert {path.split("/")[5] for path in hub.resolves() if path.endswith(".parquet")} == {COMMIT}
+    for file in ("args.json", "backbone/config.json"):
+        assert f'"data_commit": "some/one@{COMMIT}"' in (tmp_path / "remote" / file).read_text()
 
 
 def test_a_gated_dataset_is_refused_in_one_line(hub, tmp_path):
