@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from moco.backbone import load_backbone, push_loaded
+from moco.backbone import load_backbone
 from moco.backbone.publish import public_name
+from moco.backbone.save import push_loaded
 from moco.data import shapes
 from moco.data.batches import loader
+from moco.data.order import Order
 from moco.detection.coco import check_pycocotools
 from moco.detection.data import (
     DetectionImages,
@@ -29,15 +31,16 @@ from moco.detection.data import (
     load_detection,
     micro_batch_rows,
 )
-from moco.detection.model import ANCHOR_SIZES, batch_norms, build_detector, detect, precise_statistics
-from moco.encoder import average_statistics
+from moco.detection.detect import batch_norms, detect, precise_statistics
+from moco.detection.model import ANCHOR_SIZES, build_detector, check_resnet
+from moco.detection.pictures import save_detection_curves, save_detections
+from moco.encoder import average_batchnorm
 from moco.errors import UserError, one_line_errors
 from moco.jsonfile import write_json
 from moco.run import flags
 from moco.run.checkpoint import read_metrics, weights_digest
 from moco.run.flags import at_least, positive, seed
-from moco.run.launch import device_in_words, provenance, start_accelerator
-from moco.run.pictures import save_detection_curves, save_detections
+from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator, stoppable
 from moco.run.run import Run
 from moco.schedule import warmup_step_rate
 
@@ -58,7 +61,7 @@ PRECISE_ITERATIONS = 200  # TEST.PRECISE_BN.NUM_ITER; of small data an epoch
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
     "output", "resume", "evaluate", "backbone", "data", "workers", "keep", "checkpoint_every", "evaluate_every",
-    "log_every", "push_to_hub",
+    "log_every", "push_to_hub", "license",
 }  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def detector_step(detector, optimizer, micro_batches, accelerator):
             means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
     optimizer.step()
     optimizer.zero_grad()
-    average_statistics(batch_norms(detector), accelerator)
+    average_batchnorm(batch_norms(detector), accelerator)
     return means
 
 
@@ -103,13 +106,14 @@ def to_device(items, device):
 
 def training_passes(detector, batches, accelerator):
     """A forward pass in training mode for each micro-batch of `batches`, as `precise_statistics` wants them."""
-    for items, _ in tqdm(batches, "BatchNorm", leave=False, disable=not accelerator.is_main_process):
+    progress = tqdm(batches, "BatchNorm", leave=False, disable=not accelerator.is_main_process)
+    for items, _ in stoppable(progress, accelerator):
         with accelerator.autocast():
             detector(*to_device(items, accelerator.device))
         yield
 
 
-def headline(scores):
+def main_scores(scores):
     """The three numbers that papers compare: of VOC the 11-point rule's, of COCO the boxes'."""
     first = next(iter(scores.values()))
     return {key: first[key] for key in ("AP", "AP50", "AP75")}
@@ -118,25 +122,89 @@ def headline(scores):
 def main():
     args = parse_args()
     accelerator = start_accelerator(args)
-    device, is_main = accelerator.device, accelerator.is_main_process
-    rank, world = accelerator.process_index, accelerator.num_processes
+    is_main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     check_args(args, world)
 
-    # ---- backbone and data
+    # ---- data
     with accelerator.local_main_process_first():  # one process a machine downloads, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        check_resnet(backbone)
         shapes.check_version(known.get("settings", {}), args.data)
         data = load_detection(args.data, args.years, args.box_format)
-    digest = weights_digest(backbone.state_dict())
     if len(data.train) < args.batch_size:
         raise UserError(f"--data {args.data} has {len(data.train)} images, fewer than a batch of {args.batch_size}")
     train_images = DetectionImages(data.train, args.image_size, LONGEST, args.seed)
     test_images = DetectionImages(data.test, args.image_size, LONGEST)
     portrait = np.array([record["height"] > record["width"] for record in data.train])
-    micro_batches = args.batch_size // world // args.micro_batch
+    order = Order(args.batch_size, args.seed, rank, world)
+    micro_batches = order.share // args.micro_batch
+
+    # ---- detector
+    digest = weights_digest(backbone.state_dict())
+    detector, optimizer = prepare_detector(args, backbone, data, accelerator)
+    model = nn.ModuleDict({"detector": accelerator.unwrap_model(detector, keep_torch_compile=False)})
     milestones = [round(args.iterations * part) for part in MILESTONES[data.metric]]
 
-    # ---- detector: equal on every process, because its seed and its updates are
+    # ---- the run
+    if is_main:
+        print_settings(args, known["arch"], data, milestones, optimizer, world)
+    run = Run(
+        args.output, accelerator, model, optimizer, train_images, order, args.iterations, backbone_sha256=digest,
+        steps_per_epoch=(len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size,
+        **flags.run_options(args),
+    )  # fmt: skip
+
+    def micro_batches_from(step):
+        return micro_batch_rows(portrait, args.batch_size, args.micro_batch, args.seed, step, rank, world)
+
+    def detections():
+        """Detections of the test images and, on the main process, their scores."""
+        steps = min(PRECISE_ITERATIONS, len(data.train) // args.batch_size)
+        rows = list(islice(micro_batches_from(run.done), steps * micro_batches))
+        passes = training_passes(model["detector"].train(), loader(train_images, rows, args.workers), accelerator)
+        precise_statistics(model["detector"], passes, accelerator)
+        predictions, failed = detect(model["detector"], test_images, args.workers, accelerator)
+        run.check_decoded(failed, len(data.test), instead="it counts as an image without detections")
+        model["detector"].train()
+        return predictions, evaluate_detections(data, predictions) if is_main else None
+
+    def logged(line):
+        """Log a line with the scores of this moment."""
+        with run.paused_for("evaluation"):
+            _, scores = detections()
+        run.log(line | (main_scores(scores) if is_main else {}))
+
+    # ---- training
+    if run.unlogged:
+        logged(run.unlogged)
+    batches = run.timed(loader(train_images, micro_batches_from(run.done), args.workers))
+    for step in run.steps():
+        lr = warmup_step_rate(args.lr, step, milestones, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        losses = detector_step(detector, optimizer, list(islice(batches, micro_batches)), accelerator)
+        run.record(loss=sum(losses.values()), **losses)
+
+        evaluates = args.evaluate_every and run.due(args.evaluate_every) and run.done < run.total_steps
+        if run.due(args.log_every) or evaluates:
+            (logged if evaluates else run.log)(run.averages(lr=lr))
+        if is_main and run.due(args.checkpoint_every):
+            with run.paused_for("picture"):
+                save_detection_curves(args.output / "curves.png", run.metrics)
+
+    # ---- results
+    predictions, scores = detections()
+    if is_main:
+        about = {"backbone": args.backbone, "arch": known["arch"], "encoder": args.encoder, "backbone_sha256": digest}
+        write_json(args.output / "results.json", about | described(args, data, run, scores) | provenance(world))
+        leave_results(args, data, run, predictions, scores)
+        if args.push_to_hub:
+            print(push_loaded(args.output, args.backbone, backbone, known, args.push_to_hub, args.license))
+    accelerator.end_training()
+
+
+def prepare_detector(args, backbone, data, accelerator):
+    """The detector and its optimizer, prepared by Accelerate; equal on every process, because their seed is."""
     torch.manual_seed(args.seed)
     detector = build_detector(
         backbone,
@@ -146,80 +214,36 @@ def main():
         anchor_sizes=args.anchor_sizes,
         roi_batch=args.roi_batch,
     )
-    if world > 1 and device.type != "cpu":  # CPUs have no SyncBatchNorm: there each process normalises its own images
+    # CPUs have no SyncBatchNorm: there each process normalises its own images.
+    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-    detector = detector.to(device, memory_format=torch.channels_last)
+    detector = detector.to(accelerator.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(parameter_groups(detector), args.lr, **SGD)
-    detector, optimizer = accelerator.prepare(detector, optimizer)
-    unwrapped = accelerator.unwrap_model(detector, keep_torch_compile=False)  # to evaluate and to save
+    return accelerator.prepare(detector, optimizer)
 
-    # ---- the run
-    if is_main:
-        print_settings(args, known["arch"], data, milestones, world)
-    epoch = (len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size  # in steps
-    run = Run(
-        args, accelerator, {"detector": unwrapped}, optimizer, train_images, args.iterations,
-        steps_per_epoch=epoch, backbone_sha256=digest,
-    )  # fmt: skip
 
-    def micro_batches_from(step):
-        return micro_batch_rows(portrait, args.batch_size, args.micro_batch, args.seed, step, rank, world)
+def described(args, data, run, scores):
+    """What was measured, on what, and how, for results.json."""
+    data_name, on_hub = public_name(args.data)
+    return {
+        "data": data_name, "data_on_hub": on_hub, "metric": data.metric, "classes": len(data.classes),
+        "train_images": len(data.train), "test_images": len(data.test),
+        "left_out": {what: count for what, count in data.left_out.items() if count},
+        "iterations": run.done, "bn": args.bn, **main_scores(scores), **scores, "undecodable": len(run.named),
+        "settings": vars(args) | {"output": str(args.output)},
+    }  # fmt: skip
 
-    def measure():
-        """Detections of the test images and, on the main process, their scores."""
-        steps = min(PRECISE_ITERATIONS, len(data.train) // args.batch_size)
-        rows = islice(micro_batches_from(run.done), steps * micro_batches)
-        passes = training_passes(unwrapped.train(), loader(train_images, rows, args.workers), accelerator)
-        precise_statistics(unwrapped, passes, accelerator)
-        predictions, failed = detect(unwrapped, test_images, args.workers, accelerator)
-        run.check_decoded(failed, len(data.test), instead="it counts as an image without detections")
-        unwrapped.train()
-        return predictions, evaluate_detections(data, predictions) if is_main else None
 
-    # ---- training
-    batches = run.timed(loader(train_images, micro_batches_from(run.done), args.workers))
-    for step in run.steps():
-        lr = warmup_step_rate(args.lr, step, milestones, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        items, failed = zip(*islice(batches, micro_batches))
-        losses = detector_step(detector, optimizer, items, accelerator)
-        run.record(sum(failed, []), loss=sum(losses.values()), **losses)
-
-        evaluates = args.evaluate_every and run.due(args.evaluate_every) and run.done < run.total_steps
-        if run.due(args.log_every) or evaluates:
-            line = run.averages() | {"lr": lr}
-            if evaluates:
-                with run.aside("evaluation"):
-                    _, scores = measure()
-                line |= headline(scores) if is_main else {}
-            run.log(line)
-        if is_main and run.due(args.checkpoint_every):
-            with run.aside("picture"):
-                save_detection_curves(args.output / "curves.png", run.metrics)
-
-    # ---- results
-    predictions, scores = measure()
-    if is_main:
-        results = {"backbone": args.backbone, "arch": known["arch"], "encoder": args.encoder, "backbone_sha256": digest}
-        data_name, on_hub = public_name(args.data)
-        results |= {"data": data_name, "data_on_hub": on_hub, "metric": data.metric, "classes": len(data.classes)}
-        results |= {"train_images": len(data.train), "test_images": len(data.test)}
-        results["left_out"] = +data.left_out  # + drops what is 0
-        results |= {"iterations": run.done, "bn": args.bn, **headline(scores), **scores, "undecodable": len(run.named)}
-        results |= {"settings": vars(args) | {"output": str(args.output)}} | provenance(world)
-        write_json(args.output / "results.json", results)
-        scored = any(line["step"] == run.done and "AP" in line for line in read_metrics(run.metrics))
-        if not args.evaluate and not scored:
-            run.log({"step": run.done, "epoch": run.done / run.steps_per_epoch} | headline(scores))
-        save_detection_curves(args.output / "curves.png", run.metrics)
-        save_detections(args.output / "detections.png", data.test, predictions, data.classes)
-        for rule, values in scores.items():
-            print(f"{rule:<7} AP {values['AP']:.2f} %, AP50 {values['AP50']:.2f} %, AP75 {values['AP75']:.2f} %")
-        print(f"results.json, curves.png and detections.png are in {args.output}")
-        if args.push_to_hub:
-            print(push_loaded(args.output, args.backbone, backbone, known, args.push_to_hub))
-    accelerator.end_training()
+def leave_results(args, data, run, predictions, scores):
+    """Log and print the last scores, and draw the curves and some detections."""
+    logged = any(line["step"] == run.done and "AP" in line for line in read_metrics(run.metrics))
+    if not args.evaluate and not logged:
+        run.log({"step": run.done, "epoch": run.done / run.steps_per_epoch} | main_scores(scores))
+    save_detection_curves(args.output / "curves.png", run.metrics)
+    save_detections(args.output / "detections.png", data.test, predictions, data.classes)
+    for rule, values in scores.items():
+        print(f"{rule:<7} AP {values['AP']:.2f} %, AP50 {values['AP50']:.2f} %, AP75 {values['AP75']:.2f} %")
+    print(f"results.json, curves.png and detections.png are in {args.output}")
 
 
 # ---- flags
@@ -256,8 +280,8 @@ def parse_args():
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(0), metavar="STEPS", default=0, help="0: only at the end [%(default)s]")
 
-    given = flags.given_flags(parser)
-    parser.set_defaults(**defaults_of(given.data, given.schedule))
+    early = flags.parse_early(parser)
+    parser.set_defaults(**defaults_of(early.data, early.schedule))
     args = parser.parse_args()
     if args.output is None:
         check_named(args)
@@ -297,7 +321,7 @@ def check_args(args, processes):
     flags.check_output(args)
 
 
-def print_settings(args, arch, data, milestones, processes):
+def print_settings(args, arch, data, milestones, optimizer, processes):
     """What the run will do, in the reference's terms."""
     passes = args.batch_size // processes // args.micro_batch
     sizes = "-".join(map(str, dict.fromkeys((args.image_size[0], args.image_size[-1]))))
@@ -307,8 +331,8 @@ def print_settings(args, arch, data, milestones, processes):
         f"data    {args.data}: {len(data.train)} images to train on, short side {sizes}, {len(data.classes)} classes",
         f"batch   {args.batch_size} = {processes} processes x {passes} micro-batches x {args.micro_batch} images",
         f"device  {device_in_words(args.workers)}",
-        f"SGD     {args.iterations} iterations, lr {args.lr}, / 10 at {' and '.join(map(str, milestones))}, warm-up"
-        f" {args.warmup}, mixed precision {args.mixed_precision}",
+        f"train   {args.iterations} iterations, lr {args.lr}, / 10 at {' and '.join(map(str, milestones))}, warm-up"
+        f" {args.warmup}, {optimizer_in_words(optimizer)}, mixed precision {args.mixed_precision}",
         f"test    {len(data.test)} images, {data.metric}'s metric",
         f"output  {args.output}",
         sep="\n",

@@ -8,6 +8,8 @@ accelerate launch linear_probe.py --output RUN/linear_probe --resume           c
 """
 
 import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; keeps CPU threads from blocking each other
 
@@ -16,10 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco.augment import normalize, to_float
-from moco.backbone import load_backbone, push_loaded
+from moco.backbone import load_backbone
 from moco.backbone.features import Features
 from moco.backbone.publish import public_name
+from moco.backbone.save import push_loaded
 from moco.data import shapes
+from moco.data.arrays import normalization
 from moco.data.batches import CachedFeatures, labelled_crops, loader
 from moco.data.decode import check_undecodable
 from moco.data.labels import count_classes
@@ -32,9 +36,9 @@ from moco.knn import default_k, knn_evaluate
 from moco.run import flags
 from moco.run.checkpoint import weights_digest
 from moco.run.flags import at_least, below_one, not_negative, positive, seed
-from moco.run.launch import device_in_words, provenance, start_accelerator
+from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator
 from moco.run.run import Run
-from moco.schedule import learning_rate
+from moco.schedule import rate_at
 
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {"data_version": shapes.VERSION, "image_size": 32, "epochs": 20, "workers": 1, "checkpoint_every": 115}
@@ -43,7 +47,7 @@ HELD_OUT, HELD_OUT_SHARE = 10_000, 0.1  # training images that choose among seve
 FREE_ON_RESUME = {
     "output", "resume", "evaluate", "backbone", "data", "no_streaming", "cache", "cache_gb", "workers",
     "shuffle_window", "keep", "checkpoint_every", "evaluate_every", "log_every", "knn", "knn_temperature",
-    "push_to_hub",
+    "push_to_hub", "license",
 }  # fmt: skip
 
 
@@ -87,7 +91,7 @@ def probe_step(classifiers, optimizer, features, labels, accelerator):
     """
     logits = classifiers(features)
     losses = torch.stack([F.cross_entropy(each, labels) for each in logits])
-    losses.sum().backward()  # no classifier's loss depends on another's weights
+    accelerator.backward(losses.sum())  # no classifier's loss depends on another's weights
     if accelerator.num_processes > 1:  # averaged by hand: DDP would be another wrapper for these few tensors
         average_tensors([parameter.grad for parameter in classifiers.parameters()], accelerator)
     optimizer.step()
@@ -96,7 +100,7 @@ def probe_step(classifiers, optimizer, features, labels, accelerator):
 
 
 @torch.no_grad()
-def evaluate(features, classifiers, dataset, accelerator):
+def top_accuracies(features, classifiers, dataset, accelerator):
     """Top-1 and top-5 of each classifier in percent, [[top1, top5], ...], over every image of the dataset, once.
 
     features: Features. The processes share the images out and add up counts, so that none is padded or dropped. Also
@@ -118,119 +122,159 @@ def main():
     rank, world = accelerator.process_index, accelerator.num_processes
     check_args(args, world)
 
-    # ---- backbone
+    # ---- data
     with accelerator.local_main_process_first():  # one process a machine downloads or draws, the others find it there
-        backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
+        backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed, args.image_size)
         shapes.check_version(known.get("settings", {}), args.data)
-    train_set, test_set = load_splits(args.data, **flags.data_options(args))
-    args.data_commit = train_set.commit
+    sets = load_sets(args)
+    args.data_commit = sets.train.commit
+    check_trainable(sets.train, args.batch_size, args.data)
+    order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
+    steps_per_epoch = len(sets.train) // args.batch_size
+
+    # ---- backbone and classifiers, equal on every process, because their seed and their updates are
     args.image_size = args.image_size or known.get("image_size", 224)
-    width, digest = feature_width(backbone.state_dict()), weights_digest(backbone.state_dict())
+    mean, std = normalization(sets.train, known.get("mean"), known.get("std"))
+    width, digest = feature_width(backbone, args.image_size), weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it
     # would change the very features that are measured, even without gradients.
     backbone = backbone.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-
-    # ---- data
-    classes = count_classes(train_set, test_set, args.data)
-    if test_set is None:
-        train_set, test_set = train_set.hold_out(max(1, len(train_set) // 5), b"validation", 0)
-    bank_set, held_out = train_set, None  # the bank of kNN, which is the same however many --lr there are
-    if len(args.lr) > 1:
-        count = min(HELD_OUT, int(HELD_OUT_SHARE * len(train_set)))
-        if not count:
-            raise UserError(f"--data {args.data} has {len(train_set)} images, too few to choose among several --lr")
-        train_set, held_out = train_set.hold_out(count, b"held out", args.seed)
-    check_trainable(train_set, args.batch_size, args.data)
-    steps_per_epoch = len(train_set) // args.batch_size
-    order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
-
-    # ---- classifiers, equal on every process, because their seed and their updates are
-    classifiers = LinearClassifiers(width, classes, len(args.lr), args.seed).to(device)
+    classifiers = LinearClassifiers(width, sets.classes, len(args.lr), args.seed).to(device)
     optimizer = build_optimizer(classifiers, args.lr, args.sgd_momentum, args.weight_decay)
+    optimizer = accelerator.prepare(optimizer)
 
     # ---- the run
     if is_main:
-        counts = (len(train_set), len(held_out or ()), len(test_set), classes)
-        print_settings(args, known["arch"], width, counts, world)
-        train_set.print_order(order)
+        print_settings(args, known["arch"], width, sets, optimizer, world)
+        sets.train.print_order(order)
+    model, total_steps = nn.ModuleDict({"classifiers": classifiers}), args.epochs * steps_per_epoch
     run = Run(
-        args, accelerator, {"classifiers": classifiers}, optimizer, train_set, args.epochs * steps_per_epoch,
-        order=None if args.cached_features else order, backbone_sha256=digest,
+        args.output, accelerator, model, optimizer, sets.train, order, total_steps, backbone_sha256=digest,
         finite=False,  # of several classifiers some may diverge while others learn
+        **flags.run_options(args),
     )  # fmt: skip
+    frozen = Features(backbone, args.image_size, mean, std, args.workers, accelerator)
 
-    frozen = Features(backbone, args.image_size, args.workers, accelerator)
-
-    def measure(dataset):
-        accuracies, failed = evaluate(frozen, classifiers, dataset, accelerator)
+    def accuracies_on(dataset):
+        accuracies, failed = top_accuracies(frozen, classifiers, dataset, accelerator)
         run.check_decoded(failed, len(dataset))
         return accuracies
 
+    def logged(line):
+        """Log a line with the accuracies of this moment."""
+        with run.paused_for("evaluation"):
+            top1, top5 = map(list, zip(*accuracies_on(sets.test)))
+        run.log(line | {"top1": top1, "top5": top5})
+
     # ---- training
+    if run.unlogged:
+        logged(run.unlogged)
     if args.cached_features and run.done < run.total_steps:
-        failed, count = frozen.cache(args.output / "features", digest, train_set)
-        run.check_decoded(failed, len(train_set))
-        check_undecodable(count, len(train_set), args.data)  # a cache from before names none
-        rows = batch_rows(len(train_set), order, run.done)
+        failed, count = frozen.cache(args.output / "features", digest, sets.train)
+        run.check_decoded(failed, len(sets.train))
+        check_undecodable(count, len(sets.train), args.data)  # a cache from before names none
+        rows = batch_rows(len(sets.train), order, run.done)
         batches = run.timed(loader(CachedFeatures(args.output / "features"), rows, workers=0))
     else:
-        rows = train_set.training_rows(order, run.done)
-        batches = run.timed(loader(labelled_crops(train_set, args.image_size, args.seed), rows, args.workers))
+        rows = sets.train.training_rows(order, run.done)
+        batches = run.timed(loader(labelled_crops(sets.train, args.image_size, args.seed), rows, args.workers))
     for step in run.steps():
-        epoch, milestones = step // steps_per_epoch, (0.6 * args.epochs, 0.8 * args.epochs)
-        lrs = [learning_rate(lr, epoch, args.epochs, "step", milestones) for lr in args.lr]
+        lrs = [rate_at(lr, step, steps_per_epoch, args.epochs, "step") for lr in args.lr]
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-        inputs, labels, failed = next(batches)  # crops (n, S, S, 3) uint8, or cached features (n, width) float16
+        (inputs,), labels = next(batches)  # crops (n, S, S, C), or cached features (n, width) float16
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if args.cached_features:
             features = inputs.float()
         else:
             with torch.no_grad(), accelerator.autocast():
-                features = backbone(normalize(to_float(inputs))).float()
+                features = backbone(normalize(to_float(inputs), mean, std)).float()
         losses, accuracies = probe_step(classifiers, optimizer, features, labels, accelerator)
-        run.record(failed, loss=losses, accuracy=accuracies)  # a number for each classifier
+        run.record(loss=losses, accuracy=accuracies)  # a number for each classifier
 
         if run.due(args.log_every) or run.due(steps_per_epoch):
-            line = run.averages() | {"lr": lrs}
-            if run.due(args.evaluate_every * steps_per_epoch) and run.done < run.total_steps:
-                with run.aside("evaluation"):
-                    line["top1"], line["top5"] = map(list, zip(*measure(test_set)))
-            run.log(line)
+            evaluates = run.due(args.evaluate_every * steps_per_epoch) and run.done < run.total_steps
+            (logged if evaluates else run.log)(run.averages(lr=lrs))
 
     # ---- results
-    results = {"backbone": args.backbone, "arch": known["arch"], "encoder": args.encoder, "backbone_sha256": digest}
-    data, on_hub = public_name(args.data)
-    results |= {"data": data, "data_on_hub": on_hub, "classes": classes, "train_images": len(train_set)}
-    results |= {"held_out_images": len(held_out or ()), "validation_images": len(test_set)}
-    results |= {"approximate": args.cached_features, "epochs": args.epochs, "steps": run.total_steps}
-    chosen = 0
-    results["classifiers"] = [
-        {"lr": lr, "top1": top1, "top5": top5} for lr, (top1, top5) in zip(args.lr, measure(test_set), strict=True)
-    ]
-    if held_out:
-        for classifier, (top1, _) in zip(results["classifiers"], measure(held_out)):
-            classifier["held_out_top1"] = top1
-        chosen = max(range(len(args.lr)), key=lambda i: results["classifiers"][i]["held_out_top1"])
-    results |= results["classifiers"][chosen]
+    results = probe_results(args.lr, accuracies_on(sets.test), sets.held_out and accuracies_on(sets.held_out))
     if args.knn is not None:
-        results["knn_temperature"] = args.knn_temperature
-        features, labels, failed = frozen.all(test_set, range(len(test_set)))
-        bank, bank_labels, failed_too = frozen.bank(bank_set, range(len(bank_set)))
-        run.check_decoded(failed + failed_too, len(test_set) + len(bank_set))
-        ks = args.knn or [default_k(len(bank_set))]
-        found = knn_evaluate(features, labels, bank, bank_labels, classes, ks, args.knn_temperature, accelerator)
-        results["knn"] = {str(k): accuracy for k, accuracy in found.items()}
-    results |= {"undecodable": len(run.named), "settings": vars(args) | {"output": str(args.output)}}
-    results |= provenance(world)
-    if weights_digest(backbone.state_dict()) != digest:
-        raise RuntimeError("the backbone changed while it was probed, so these results are of no backbone")
+        results |= knn_results(args, frozen, sets, run)
+    measured = weights_digest(backbone.state_dict())  # of the weights that these are results of
     if is_main:
+        about = {"backbone": args.backbone, "arch": known["arch"], "encoder": args.encoder, "backbone_sha256": measured}
+        results = about | described(args, sets, run) | results | {"frozen": measured == digest} | provenance(world)
         write_json(args.output / "results.json", results)
         print_results(results, args.output / "results.json")
-        if args.push_to_hub:
-            print(push_loaded(args.output, args.backbone, backbone, known, args.push_to_hub))
+    if measured != digest and not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise UserError(
+            f"the backbone changed while it was probed, although none of its parameters is trained; the results in"
+            f" {args.output} are of the changed one; keep it in eval mode, where BatchNorm leaves its statistics alone"
+        )
+    if is_main and args.push_to_hub:
+        print(push_loaded(args.output, args.backbone, backbone, known, args.push_to_hub, args.license))
     accelerator.end_training()
+
+
+class Sets(NamedTuple):
+    """What the probe reads. held_out chooses among several --lr, or is None. bank: of kNN, however many --lr are."""
+
+    train: Sequence
+    held_out: Sequence | None
+    test: Sequence
+    bank: Sequence
+    classes: int
+
+
+def load_sets(args):
+    """The Sets of --data. Raises UserError if there are too few images, or labels that a classifier cannot learn."""
+    train, test = load_splits(args.data, **flags.data_options(args))
+    classes = count_classes(train, test, args.data)
+    if test is None:
+        train, test = train.hold_out(max(1, len(train) // 5), b"validation", 0)
+    bank, held_out = train, None
+    if len(args.lr) > 1:
+        count = min(HELD_OUT, int(HELD_OUT_SHARE * len(train)))
+        if not count:
+            raise UserError(f"--data {args.data} has {len(train)} images, too few to choose among several --lr")
+        train, held_out = train.hold_out(count, b"held out", args.seed)
+    return Sets(train, held_out, test, bank, classes)
+
+
+def probe_results(lrs, accuracies, held_out):
+    """The accuracies of all classifiers, and those of the chosen one: the best on held-out images, else the only one.
+
+    accuracies: [(top1, top5), ...] on test images. held_out: the same on images held out of training, or None.
+    """
+    classifiers = [{"lr": lr, "top1": top1, "top5": top5} for lr, (top1, top5) in zip(lrs, accuracies, strict=True)]
+    for classifier, (top1, _) in zip(classifiers, held_out or ()):
+        classifier["held_out_top1"] = top1
+    chosen = max(classifiers, key=lambda classifier: classifier.get("held_out_top1", 0))
+    return {"classifiers": classifiers, **chosen}
+
+
+def knn_results(args, frozen, sets, run):
+    """kNN accuracies of the test images for each k of --knn."""
+    features, labels, failed = frozen.all(sets.test, range(len(sets.test)))
+    bank, bank_labels, bank_failed = frozen.bank(sets.bank, range(len(sets.bank)))
+    run.check_decoded(failed + bank_failed, len(sets.test) + len(sets.bank))
+    ks = args.knn or [default_k(len(sets.bank))]
+    accuracies = knn_evaluate(
+        features, labels, bank, bank_labels, sets.classes, ks, args.knn_temperature, run.accelerator
+    )
+    by_k = {str(k): accuracy for k, accuracy in accuracies.items()}
+    return {"knn_temperature": args.knn_temperature, "knn": by_k}
+
+
+def described(args, sets, run):
+    """What was measured on, and how, for results.json."""
+    data, on_hub = public_name(args.data)
+    return {
+        "data": data, "data_on_hub": on_hub, "classes": sets.classes, "train_images": len(sets.train),
+        "held_out_images": len(sets.held_out or ()), "validation_images": len(sets.test),
+        "approximate": args.cached_features, "epochs": args.epochs, "steps": run.total_steps,
+        "undecodable": len(run.named), "settings": vars(args) | {"output": str(args.output)},
+    }  # fmt: skip
 
 
 # ---- flags and printing
@@ -254,13 +298,7 @@ def parse_args():
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="of the backbone [as accelerate launch says]")
     add("--seed", type=seed, metavar="N", default=0, help="of the weights, the order and the crops")
     add = parser.add_argument_group("kNN").add_argument
-    add(
-        "--knn",
-        type=at_least(1),
-        metavar="K",
-        nargs="*",
-        help="also kNN with these K; 200 or fewer if none is given",
-    )
+    add("--knn", type=at_least(1), metavar="K", nargs="*", help="also kNN with these K; without a K 200 or fewer")
     add("--knn-temperature", type=positive, metavar="T", default=0.07, help="of the votes")
     add = parser.add_argument_group("run").add_argument
     where = "linear_probe/ in the backbone's, or in runs/"
@@ -269,8 +307,8 @@ def parse_args():
     add("--evaluate-every", type=at_least(1), metavar="EPOCHS", default=10, help="and at the end")
 
     parser.set_defaults(data_commit=None)
-    given = flags.given_flags(parser)
-    parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
+    early = flags.parse_early(parser)
+    parser.set_defaults(**(SHAPES if early.data == "shapes" else {}))
     args = parser.parse_args()
     if args.output is None and args.backbone is not None:
         args.output = flags.default_output(args.backbone, args.data, "linear_probe")
@@ -287,27 +325,28 @@ def check_args(args, processes):
     """Raise UserError for flags that do not go together, before anything is read or written."""
     if len(set(args.lr)) < len(args.lr):
         raise UserError(f"--lr {' '.join(map(str, args.lr))} has a value twice; name each once")
-    flags.check_batch(args.batch_size, processes, "", 1)
+    flags.check_batch(args.batch_size, processes)
     flags.check_output(args)
 
 
-def print_settings(args, arch, width, counts, processes):
-    """What the run will do, in the paper's terms. counts: images to train on, hold out and validate on; classes."""
-    train, held_out, validation, classes = counts
-    steps = train // args.batch_size
+def print_settings(args, arch, width, sets, optimizer, processes):
+    """What the run will do, in the paper's terms."""
+    images = len(sets.train)
     print(
         f"model   {args.backbone}: {arch}, {width} features, frozen; {len(args.lr)} linear classifiers",
-        f"data    {args.data}: {train} images at {args.image_size} pixels, {classes} classes, {steps} steps an epoch",
+        f"data    {args.data}: {images} images at {args.image_size} pixels, {sets.classes} classes,"
+        f" {images // args.batch_size} steps an epoch",
         f"batch   {args.batch_size} over {processes} processes",
         f"device  {device_in_words(args.workers)}",
-        f"SGD     {args.epochs} epochs, lr {' '.join(f'{lr:g}' for lr in args.lr)}, momentum {args.sgd_momentum},"
-        f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
-        f"test    {validation} images" + (f"; {held_out} of training held out choose the lr" if held_out else ""),
+        f"train   {args.epochs} epochs, lr {' '.join(f'{lr:g}' for lr in args.lr)}, {optimizer_in_words(optimizer)},"
+        f" mixed precision {args.mixed_precision}",
+        f"test    {len(sets.test)} images"
+        + (f"; {len(sets.held_out)} of training held out choose the lr" if sets.held_out else ""),
         f"output  {args.output}",
         sep="\n",
     )
     if args.cached_features:
-        gigabytes = train * width * 2 / 1e9
+        gigabytes = images * width * 2 / 1e9
         print(f"cache   features of one fixed crop of each image, {gigabytes:.1f} GB; the accuracy is approximate")
 
 

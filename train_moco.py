@@ -10,7 +10,6 @@ accelerate launch train_moco.py --recipe simclr        the end-to-end counterpar
 import copy
 import math
 import os
-from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; keeps CPU threads from blocking each other
@@ -21,25 +20,26 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from moco.augment import AUGMENTATIONS, ViewAugment, sample_params
+from moco.augment import AUGMENTATIONS
 from moco.backbone import save_backbone
 from moco.backbone.features import knn_monitor
 from moco.backbone.publish import push_backbone
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
 from moco.data import shapes
-from moco.data.batches import train_batches
+from moco.data.arrays import normalization
 from moco.data.labels import has_labels, monitor_test_set
 from moco.data.load import check_trainable, load_splits
 from moco.data.order import Order
-from moco.encoder import average_statistics, build_encoder, momentum_update, resnet_names
+from moco.data.views import FastViews
+from moco.encoder import average_batchnorm, batchnorm_in_words, build_encoder, momentum_update, sync_batchnorm
 from moco.errors import UserError, one_line_errors
 from moco.run import flags
 from moco.run.checkpoint import read_metrics
-from moco.run.flags import at_least, below_one, not_negative, positive, seed
-from moco.run.launch import device_in_words, provenance, start_accelerator
+from moco.run.flags import architecture, at_least, below_one, not_negative, positive, seed
+from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator
 from moco.run.pictures import save_curves, save_views
 from moco.run.run import Run
-from moco.schedule import LARS, learning_rate, warmup_cosine_rate
+from moco.schedule import LARS, rate_at
 from moco.shuffle import encode_keys, shuffle_order
 
 # The rows of the papers' ablation, and SimCLR. Each entry is the default of the flag with its name.
@@ -51,10 +51,18 @@ RECIPES = {
     "v2": {"head": "mlp", "augment": "v2", "temperature": 0.2, "schedule": "cosine"},
     "simclr": {
         "head": "mlp", "augment": "simclr", "temperature": 0.1, "schedule": "warmup-cosine", "optimizer": "lars",
-        "weight_decay": 1e-6, "lr": None, "bn_batch": None,  # these two follow from the batch
-        "end_to_end": True,  # no flag: keys have gradients, so there is neither a queue nor a second encoder
+        "weight_decay": 1e-6, "lr": None, "bn_batch": None,  # `follow_batch` sets these two
+        "simclr": True,  # no flag: every view is a query, so there is neither a queue nor a key encoder
     },
 }  # fmt: skip
+
+
+def follow_batch(args):
+    """Set what follows from the batch unless it was given: SimCLR's learning rate, and its one BatchNorm over all."""
+    args.lr = 0.3 * args.batch_size / 256 if args.lr is None else args.lr
+    args.bn_batch = args.bn_batch or args.batch_size
+
+
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {
     "data_version": shapes.VERSION, "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998,
@@ -63,7 +71,7 @@ SHAPES = {
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
     "output", "resume", "data", "no_streaming", "cache", "cache_gb", "workers", "shuffle_window", "micro_batch", "keep",
-    "checkpoint_every", "log_every", "knn_every", "tracker", "push_to_hub",
+    "checkpoint_every", "log_every", "knn_every", "tracker", "push_to_hub", "license",
 }  # fmt: skip
 
 
@@ -73,40 +81,46 @@ def moco_step(
     queue,
     optimizer,
     views,
-    order,
+    shuffle,
     accelerator,
     *,
     temperature,
     encoder_momentum,
-    micro_batch,
+    images_per_pass,
 ):
     """A training step of MoCo: Algorithm 1 of arXiv:1911.05722, with shuffled BatchNorm.
 
-    views: this process's query and key images, (n, 3, S, S) each; N = n x processes is the global batch.
-    order: (N,), the shuffle of the keys. micro_batch: images in a forward pass.
+    views: this process's query and key images, (n, C, S, S) each; N = n x processes is the global batch.
+    shuffle: (N,), the permutation in which keys are encoded. images_per_pass: of a forward pass, a divisor of n.
     Returns the loss and the accuracy in percent (how often the positive scores highest) of this process's images.
     """
     query_images, key_images = views
     momentum_update(query_encoder, key_encoder, encoder_momentum)
-    keys = encode_keys(key_encoder, key_images, order, micro_batch, accelerator)  # keys of all processes: (N, C)
+    keys = encode_keys(key_encoder, key_images, shuffle, images_per_pass, accelerator)  # of all processes: (N, C)
     own_keys = keys.chunk(accelerator.num_processes)[accelerator.process_index]  # (n, C)
-    parts = list(zip(query_images.split(micro_batch), own_keys.split(micro_batch), strict=True))
-    total_loss, correct = 0, 0
-    for i, (images, k) in enumerate(parts):
-        # Gradients add up over the parts; the last backward pass averages them over processes.
-        with nullcontext() if i == len(parts) - 1 else accelerator.no_sync(query_encoder):
-            q = F.normalize(query_encoder(images), dim=1)  # queries: (micro_batch, C)
-            logits = contrastive_logits(q, k, queue.keys, temperature)  # (micro_batch, 1 + K)
-            labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # the positive is column 0
-            loss = F.cross_entropy(logits, labels) / len(parts)
-            accelerator.backward(loss)
+    passes, total_loss, correct = len(query_images) // images_per_pass, 0, 0
+    for images, k in micro_batches(query_encoder, accelerator, images_per_pass, query_images, own_keys):
+        q = F.normalize(query_encoder(images), dim=1)  # queries: (images_per_pass, C)
+        logits = contrastive_logits(q, k, queue.keys, temperature)  # (images_per_pass, 1 + K)
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # the positive is column 0
+        loss = F.cross_entropy(logits, labels) / passes
+        accelerator.backward(loss)
         total_loss += loss.detach()
         correct += (logits.argmax(dim=1) == labels).sum()
     optimizer.step()
     optimizer.zero_grad()
     queue.enqueue(keys)
-    average_statistics((query_encoder, key_encoder), accelerator)
+    average_batchnorm((query_encoder, key_encoder), accelerator)
     return total_loss, 100 * correct / len(query_images)
+
+
+def micro_batches(encoder, accelerator, size, *tensors):
+    """Parts of `size` rows of each tensor. Their gradients add up; only the last backward pass syncs processes."""
+    parts = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    for part in parts[:-1]:
+        with accelerator.no_sync(encoder):
+            yield part
+    yield parts[-1]
 
 
 def simclr_step(encoder, optimizer, views, accelerator, *, temperature, bn_batch):
@@ -123,46 +137,8 @@ def simclr_step(encoder, optimizer, views, accelerator, *, temperature, bn_batch
     accelerator.backward(loss * accelerator.num_processes)  # DDP averages what are parts of a sum here
     optimizer.step()
     optimizer.zero_grad()
-    average_statistics((encoder,), accelerator)
+    average_batchnorm((encoder,), accelerator)
     return loss.detach(), 100 * (logits.argmax(dim=1) == labels).float().mean()
-
-
-def build_encoders(args, n, groups, accelerator):
-    """The encoders, the queue and the optimizer, equal on every process, because their seed and their updates are.
-
-    n: images of a process in a step. groups: of BatchNorm that they make. Without a second encoder, as in SimCLR, that
-    and the queue are None.
-    """
-    torch.manual_seed(args.seed)
-    bn_batch = None if args.end_to_end else args.bn_batch  # simclr_step makes a pass of each group
-    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch)
-    query_encoder.to(memory_format=torch.channels_last)
-    for module in query_encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):  # running statistics look back over equally many steps on any hardware
-            module.momentum = 0.1 / groups
-    key_encoder = queue = None
-    if not args.end_to_end:
-        key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(accelerator.device)
-        queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(accelerator.device)
-    if args.bn_batch > n:
-        query_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(query_encoder)
-    optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](
-        query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
-    )
-    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
-    dynamo = accelerator.state.dynamo_plugin  # accelerate launch --dynamo_backend compiles what is prepared
-    if dynamo.backend != DynamoBackend.NO and key_encoder is not None:
-        key_encoder.compile(**dynamo.to_kwargs())
-    return query_encoder, key_encoder, queue, optimizer
-
-
-def rate_of(args, step, steps_per_epoch):
-    """The learning rate of a step."""
-    if args.schedule == "warmup-cosine":
-        total_steps = args.epochs * steps_per_epoch
-        return warmup_cosine_rate(args.lr, step, args.warmup_epochs * steps_per_epoch, total_steps)
-    milestones = (0.6 * args.epochs, 0.8 * args.epochs)
-    return learning_rate(args.lr, step // steps_per_epoch, args.epochs, args.schedule, milestones)
 
 
 def main():
@@ -179,83 +155,127 @@ def main():
     test_set = monitor_test_set(train_set, test_set, args.data)  # without one the monitor holds training images out
     with_knn = args.knn_every > 0 and has_labels(train_set)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
-    steps_per_epoch, n = len(train_set) // args.batch_size, order.share  # n: images of this process in a step
-    own_rows = slice(rank * n, (rank + 1) * n)  # of the global batch
-    groups = max(1, n // args.bn_batch)  # of BatchNorm
-    passes = next(p for p in range(1, groups + 1) if groups % p == 0 and n // p <= max(args.micro_batch, args.bn_batch))
-    candidates = 2 * args.batch_size - 1 if args.end_to_end else 1 + args.queue_size  # one of them is the positive
+    steps_per_epoch = len(train_set) // args.batch_size
+    mean, std = normalization(train_set, args.mean, args.std)
+    args.pixels = {"channels": train_set.channels, "mean": mean, "std": std}  # no flag: what the encoders take
+    views = FastViews(AUGMENTATIONS[args.augment], args.image_size, mean, std)
 
-    # ---- encoders, and the run
-    query_encoder, key_encoder, queue, optimizer = build_encoders(args, n, groups, accelerator)
-    unwrapped = accelerator.unwrap_model(query_encoder, keep_torch_compile=False)  # to evaluate and to save
-    augment = ViewAugment(args.augment)
+    # ---- encoders, queue and optimizer
+    query_encoder, key_encoder, queue, optimizer = build_encoders(args, train_set.channels, order.share, accelerator)
+    model = nn.ModuleDict({"query_encoder": accelerator.unwrap_model(query_encoder, keep_torch_compile=False)})
+    model.update({} if args.simclr else {"key_encoder": key_encoder, "queue": queue})  # all that a run must keep
+    pass_size = images_per_pass(order.share, args.bn_batch, args.micro_batch)
+    logits_of_query = 2 * args.batch_size - 1 if args.simclr else 1 + args.queue_size  # chance is their logarithm
+
+    # ---- the run
     if is_main:
-        print_settings(args, train_set, test_set, world, passes, candidates)
+        print_settings(args, model, train_set, test_set, optimizer, order.share // pass_size, world, logits_of_query)
         train_set.print_order(order)
-    modules = {"query_encoder": unwrapped} | ({} if args.end_to_end else {"key_encoder": key_encoder, "queue": queue})
-    run = Run(args, accelerator, modules, optimizer, train_set, args.epochs * steps_per_epoch, order=order)
+    total_steps = args.epochs * steps_per_epoch
+    run = Run(args.output, accelerator, model, optimizer, train_set, order, total_steps, **flags.run_options(args))
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
-    if is_main and not args.resume:
-        save_views(args.output / "views.png", train_set, next(train_set.training_rows(order, 0))[0][:8], args)
 
-    def measure_knn():
-        with run.aside("knn"):
-            sets = (train_set, test_set)
-            accuracy, failed, images = knn_monitor(unwrapped, *sets, args.image_size, args.workers, accelerator)
+    def knn_accuracy():
+        with run.paused_for("knn"):
+            options = (args.image_size, mean, std, args.workers, accelerator)
+            accuracy, failed, images = knn_monitor(model["query_encoder"], train_set, test_set, *options)
             run.check_decoded(failed, images)
         return {"knn": accuracy}
 
-    if with_knn and not args.resume:
-        run.log({"step": 0, "epoch": 0} | measure_knn())
+    if with_knn and (run.unlogged or not args.resume):  # of the random backbone; or a signal stopped an evaluation
+        run.log((run.unlogged or {"step": 0, "epoch": 0}) | knn_accuracy())
 
     # ---- training
-    rows = train_set.training_rows(order, run.done)
-    batches = run.timed(train_batches(train_set, args.image_size, args.seed, args.augment, rows, args.workers))
+    batches = run.timed(views.batches(train_set, order, run.done))
     for step in run.steps():
-        lr = rate_of(args, step, steps_per_epoch)
+        lr = rate_at(args.lr, step, steps_per_epoch, args.epochs, args.schedule, args.warmup_epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        crops, _, failed = next(batches)  # (n, 2, S, S, 3) uint8
-        params = sample_params(args.augment, args.batch_size, args.seed, step, own_rows)
-        views = augment(crops.to(device, non_blocking=True), params)  # (n, 3, S, S) for queries, and for keys
-        if args.end_to_end:
+        crops, _ = next(batches)
+        images = views.on_device(crops, order, step, device)  # (n, C, S, S) for queries, and for keys
+        if args.simclr:
             loss, accuracy = simclr_step(
-                query_encoder, optimizer, views, accelerator, temperature=args.temperature, bn_batch=args.bn_batch
+                query_encoder, optimizer, images, accelerator, temperature=args.temperature, bn_batch=args.bn_batch
             )
         else:
             shuffle = shuffle_order(args.seed, step, args.batch_size)
             loss, accuracy = moco_step(
-                query_encoder, key_encoder, queue, optimizer, views, shuffle, accelerator,
-                temperature=args.temperature, encoder_momentum=args.encoder_momentum, micro_batch=n // passes,
+                query_encoder, key_encoder, queue, optimizer, images, shuffle, accelerator,
+                temperature=args.temperature, encoder_momentum=args.encoder_momentum, images_per_pass=pass_size,
             )  # fmt: skip
-        run.record(failed, loss=loss, accuracy=accuracy)
+        run.record(loss=loss, accuracy=accuracy)
 
+        if is_main and step == 0:
+            with run.paused_for("picture"):
+                save_views(args.output / "views.png", images, views.mean, views.std)
         if run.due(args.log_every) or run.due(steps_per_epoch):
-            line = run.averages() | {"lr": lr}
+            line = run.averages(lr=lr)
             if with_knn and run.due(args.knn_every * steps_per_epoch):
-                line |= measure_knn()
+                line |= knn_accuracy()
             run.log(line)
         if is_main and run.due(max(1, args.epochs // 20) * steps_per_epoch):
-            with run.aside("picture"):
-                save_curves(args.output / "curves.png", run.metrics, candidates)
+            with run.paused_for("picture"):
+                chance = math.log(logits_of_query)
+                levels = {"loss": (chance, f"chance, log({logits_of_query}) = {chance:.2f}")}
+                save_curves(args.output / "curves.png", run.metrics, levels)
 
+    # ---- results
     if is_main:
-        finish(args, unwrapped, run.metrics, world)
+        leave_results(args, model["query_encoder"], run.metrics, world)
     accelerator.end_training()
 
 
-def finish(args, encoder, metrics, processes):
-    """What the run leaves: the backbone, the last numbers, and if asked for a repository on the Hub."""
-    tag = ("" if args.end_to_end else "moco_") + args.recipe.replace("-", "_")
+def build_encoders(args, channels, share, accelerator):
+    """(query encoder, key encoder, queue, optimizer): equal on every process, because their seed and updates are.
+
+    channels: of an image. share: images of a process in a step. The query encoder and its optimizer are prepared by
+    Accelerate. SimCLR has neither a key encoder nor a queue; they are None.
+    """
+    torch.manual_seed(args.seed)
+    bn_batch = None if args.simclr else args.bn_batch  # simclr_step makes a pass of each group
+    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch, args.image_size, channels)
+    query_encoder.to(memory_format=torch.channels_last)
+    for module in query_encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):  # each group of a step updates the running statistics in turn
+            module.momentum = 0.1 / max(1, share // args.bn_batch)
+    key_encoder = queue = None
+    if not args.simclr:
+        key_encoder = copy.deepcopy(query_encoder).requires_grad_(False).to(accelerator.device)
+        queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(accelerator.device)
+    if args.bn_batch > share:
+        query_encoder = sync_batchnorm(query_encoder)
+    optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](
+        query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
+    )
+    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
+    dynamo = accelerator.state.dynamo_plugin  # accelerate launch --dynamo_backend compiles what is prepared
+    if dynamo.backend != DynamoBackend.NO and key_encoder is not None:
+        key_encoder.compile(**dynamo.to_kwargs())
+    return query_encoder, key_encoder, queue, optimizer
+
+
+def images_per_pass(share, bn_batch, micro_batch):
+    """How many of a process's `share` of images go through an encoder at once.
+
+    Whole BatchNorm groups, a divisor of `share`, and at most `micro_batch` images unless a single group is larger.
+    """
+    groups = max(1, share // bn_batch)
+    sizes = [share // passes for passes in range(1, groups + 1) if groups % passes == 0]
+    return next(size for size in sizes if size <= max(micro_batch, bn_batch))
+
+
+def leave_results(args, query_encoder, metrics, processes):
+    """Save the backbone, print the last numbers, and publish it if asked to."""
+    tag = ("" if args.simclr else "moco_") + args.recipe.replace("-", "_")
     settings = vars(args) | provenance(processes)
-    save_backbone(args.output / "backbone", encoder, args.arch, args.image_size, tag, settings)
+    save_backbone(args.output / "backbone", query_encoder, args.arch, args.image_size, tag, settings)
     print(f"backbone, views.png and curves.png are in {args.output}")
     if scores := [line["knn"] for line in read_metrics(metrics) if "knn" in line]:
         print(f"kNN accuracy {scores[-1]:.1f} %\nof the random backbone at the start {scores[0]:.1f} %")
     if args.push_to_hub:
-        print(push_backbone(args.output, args.push_to_hub))
+        print(push_backbone(args.output, args.push_to_hub, license=args.license))
 
 
 # ---- flags
@@ -268,6 +288,7 @@ def parse_args():
     add("--data", default="ILSVRC/imagenet-1k", help="'shapes', a folder, or USER/NAME on the Hub")
     flags.add_data_flags(add)
     add("--image-size", type=at_least(16), metavar="PIXELS", default=224, help="side of a view")
+    flags.add_pixel_flags(add)
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", choices=RECIPES, default="v2", help="row of the ablation, or simclr; sets defaults")
     add("--head", choices=("fc", "mlp"), help="projection head")
@@ -276,7 +297,7 @@ def parse_args():
     add("--schedule", choices=("cosine", "step", "warmup-cosine"), help="step: lr / 10 at 60 %% and 80 %% of the run")
     add("--optimizer", choices=("sgd", "lars"), default="sgd", help="[%(default)s; simclr: lars]")
     add = parser.add_argument_group("encoders and queue").add_argument
-    add("--arch", choices=resnet_names(), metavar="ARCH", default="resnet50", help="a torchvision ResNet, or resnet10")
+    add("--arch", type=architecture, metavar="ARCH", default="resnet50", help="ResNet of torchvision, or timm/NAME")
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3 convolution, no pooling")
     add("--dim", type=at_least(1), metavar="C", default=128, help="width of queries and keys")
     add("--queue-size", type=at_least(1), metavar="K", default=65536, help="keys to keep [%(default)s; simclr: none]")
@@ -296,20 +317,17 @@ def parse_args():
     flags.add_run_flags(add, checkpoint_every=1000, log_every=10, default="runs/RECIPE-DATA")
     add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too, if it is installed")
-    parser.set_defaults(end_to_end=False, data_commit=None, **RECIPES["v2"])  # for --help to show
+    parser.set_defaults(simclr=False, data_commit=None, **RECIPES["v2"])  # for --help to show
 
-    given = flags.given_flags(parser)
-    parser.set_defaults(**(SHAPES if given.data == "shapes" else {}))
-    parser.set_defaults(**RECIPES[given.recipe])
+    early = flags.parse_early(parser)
+    parser.set_defaults(**(SHAPES if early.data == "shapes" else {}))
+    parser.set_defaults(**RECIPES[early.recipe])
     args = parser.parse_args()
     if args.output is None:
         args.output = Path("runs") / f"{args.recipe}-{Path(args.data).resolve().name}"
     if args.resume:
         args = flags.parse_resumed(parser, args.output, FREE_ON_RESUME)
-    if args.lr is None:
-        args.lr = 0.3 * args.batch_size / 256
-    if args.bn_batch is None:
-        args.bn_batch = args.batch_size
+    follow_batch(args)
     return args
 
 
@@ -324,13 +342,15 @@ def check_args(args, processes, device_type):
         raise UserError(f"--warmup-epochs {args.warmup_epochs} must be below the {args.epochs} epochs")
     if args.tracker not in (None, *map(str, get_available_trackers())):
         raise UserError(f"--tracker {args.tracker} must be installed: pip install {args.tracker}")
-    synchronised = processes > 1 and args.end_to_end and args.bn_batch == args.batch_size
-    flags.check_batch(args.batch_size, processes, *(("", 1) if synchronised else ("--bn-batch", args.bn_batch)))
-    if synchronised and device_type == "cpu":
-        raise UserError(
-            f"--bn-batch {args.bn_batch} over {processes} processes needs SyncBatchNorm, which runs on GPUs only; use"
-            f" --bn-batch {args.batch_size // processes}"
-        )
+    if processes > 1 and args.simclr and args.bn_batch == args.batch_size:  # one BatchNorm over all processes
+        flags.check_batch(args.batch_size, processes)
+        if device_type == "cpu":
+            raise UserError(
+                f"--bn-batch {args.bn_batch} over {processes} processes needs SyncBatchNorm, which runs on GPUs only;"
+                f" use --bn-batch {args.batch_size // processes}"
+            )
+    else:
+        flags.check_batch(args.batch_size, processes, "--bn-batch", args.bn_batch)
     views = 2 * 3 * args.image_size**2 * args.batch_size // processes
     flags.check_memory(
         {
@@ -342,22 +362,25 @@ def check_args(args, processes, device_type):
     flags.check_output(args)
 
 
-def print_settings(args, train_set, test_set, processes, passes, candidates):
+def print_settings(args, model, train_set, test_set, optimizer, passes, processes, logits_of_query):
     """What the run will do, in the papers' terms. passes: through the encoder, of a process in a step."""
     steps, n = len(train_set) // args.batch_size, args.batch_size // processes // passes
+    stem = "" if args.arch.startswith("timm/") else f"{args.stem} stem, "
+    norms = batchnorm_in_words(model["query_encoder"], args.bn_batch)
     moco = f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"
     filling = f"; lower for {-(-args.queue_size // args.batch_size)} steps, while the queue fills"
     no_labels = "off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
     knn = f"every {args.knn_every} epochs, of {'test' if test_set else 'training'} images held out"
     print(
         f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
-        f"model   {args.arch}, {args.stem} stem, {args.dim} dimensions" + ("" if args.end_to_end else moco),
+        f"model   {args.arch}, {stem}{args.dim} dimensions" + ("" if args.simclr else moco),
         f"data    {args.data}: {len(train_set)} images at {args.image_size} pixels, {steps} steps an epoch",
-        f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {args.bn_batch}",
-        f"{args.optimizer.upper():7} {args.epochs} epochs, lr {args.lr} {args.schedule}, momentum {args.sgd_momentum},"
-        f" weight decay {args.weight_decay}, mixed precision {args.mixed_precision}",
+        f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {norms}",
+        f"train   {args.epochs} epochs, lr {args.lr} {args.schedule}, {optimizer_in_words(optimizer)}, mixed precision"
+        f" {args.mixed_precision}",
         f"device  {device_in_words(args.workers)}",
-        f"loss    chance is log({candidates}) = {math.log(candidates):.2f}" + ("" if args.end_to_end else filling),
+        f"loss    chance is log({logits_of_query}) = {math.log(logits_of_query):.2f}"
+        + ("" if args.simclr else filling),
         "kNN     " + (knn if has_labels(train_set) else no_labels) if args.knn_every else "kNN     off",
         f"output  {args.output}",
         sep="\n",

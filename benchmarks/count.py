@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.step import alone
-from moco.augment import ViewAugment, plan, sample_params
+from moco.augment import AUGMENTATIONS, MEAN, STD, augment, plan, sample_params
 from moco.contrast import KeyQueue
 from moco.encoder import build_encoder
 from moco.shuffle import shuffle_order
@@ -78,21 +78,21 @@ def counted(call):
 
 
 def augmentation(batch, size, recipe="v2", step=0):
-    """A call of `ViewAugment` on fake crops of a GPU. What the host plans is planned before, with real numbers."""
+    """A call of `augment` on fake crops of a GPU. What the host plans is planned before, with real numbers."""
     with unset_fake_temporarily():
-        params = sample_params(recipe, batch, 0, step)
+        params = sample_params(AUGMENTATIONS[recipe], batch, 0, step)
         joined = {name: values.transpose(0, 1).flatten(0, 1) for name, values in params.items()}
-        planned = plan(joined, size, gray_first=recipe == "v1")
-    crops = torch.empty(batch, 2, size, size, 3, dtype=torch.uint8, device="cuda")
+        planned = plan(joined, size)
+    crops = [torch.empty(batch, size, size, 3, dtype=torch.uint8, device="cuda") for _ in range(2)]
 
     def call():
         with patch("moco.augment.plan", lambda *_: planned), patch("moco.augment.CHUNK", batch):
-            ViewAugment(recipe)(crops, params)
+            augment(crops, params, MEAN, STD)
 
     return call
 
 
-def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, micro_batch=None):
+def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_per_pass=None):
     """A call of `moco_step` or `simclr_step` without the backward pass, which has no dispatch to count."""
     with torch.device("cuda"):
         encoder, key_encoder = (build_encoder(arch, bn_batch=bn_batch) for _ in range(2))
@@ -108,7 +108,7 @@ def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, micro_bat
     order = shuffle_order(0, 0, batch)
     return lambda: moco_step(
         encoder, key_encoder, queue, nothing, views, order, accelerator,
-        temperature=0.2, encoder_momentum=0.999, micro_batch=micro_batch or batch,
+        temperature=0.2, encoder_momentum=0.999, images_per_pass=images_per_pass or batch,
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def main():
         calls = {
             "augmentation, v2": augmentation(args.batch, args.size),
             "MoCo, forward": half_a_step("moco", *shape, args.bn_batch),
-            "MoCo, forward, a pass for each group": half_a_step("moco", *shape, None, micro_batch=args.bn_batch),
+            "MoCo, forward, a pass for each group": half_a_step("moco", *shape, None, images_per_pass=args.bn_batch),
             "MoCo, forward, one group": half_a_step("moco", *shape, args.batch),
             "SimCLR, forward": half_a_step("simclr", *shape, None),
         }

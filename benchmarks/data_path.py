@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.augment import MEAN, STD, ViewAugment, crop_pair, random_crop_boxes, sample_params
-from moco.data.batches import crop_pairs, loader
+from moco.augment import AUGMENTATIONS, MEAN, STD, augment, cut_crops, random_crop_boxes, sample_params
+from moco.data.batches import loader
 from moco.data.decode import decode_image
 from moco.data.load import IndexedImages
+from moco.data.views import FastViews
 
 BATCH, BATCHES, ROUNDS = 32, 4, 5
 
@@ -93,7 +94,8 @@ def our_batches(files):
         features=datasets.Features(image=datasets.Image(decode=False)),
     )
     keys = [([(0, i % len(files)) for i in range(b * BATCH, (b + 1) * BATCH)], ()) for b in range(BATCHES)]
-    return iter(loader(crop_pairs(IndexedImages(images), 224, seed=0), keys, workers=1))
+    crops = FastViews(AUGMENTATIONS["v2"], 224, MEAN, STD).crops(IndexedImages(images), seed=0)
+    return iter(loader(crops, keys, workers=1))
 
 
 def deviation(data, n=40):
@@ -103,7 +105,7 @@ def deviation(data, n=40):
     largest, means = 0, []
     for i in range(n):
         boxes = random_crop_boxes(height, width, np.random.default_rng(i))
-        for ours, (top, left, h, w) in zip(crop_pair(image, boxes, 224), boxes.tolist()):
+        for ours, (top, left, h, w) in zip(cut_crops(image, boxes, 224), boxes.tolist()):
             cut = Image.fromarray(image).crop((left, top, left + w, top + h))
             pillow = np.asarray(cut.resize((224, 224), Image.BILINEAR), int)
             difference = np.abs(ours.numpy() - pillow)
@@ -114,14 +116,13 @@ def deviation(data, n=40):
 def print_main_process():
     """What is left to do in the main process for each image, and the recipe's other half on this CPU."""
     times = {"parameters": [], "device augmentation": []}
-    views = torch.randint(0, 256, (32, 2, 224, 224, 3), dtype=torch.uint8)
-    augment = ViewAugment("v2")
+    views = [torch.randint(0, 256, (32, 224, 224, 3), dtype=torch.uint8) for _ in range(2)]
     for step in range(ROUNDS):
         started = time.perf_counter()
-        params = sample_params("v2", 256, 0, step)
+        params = sample_params(AUGMENTATIONS["v2"], 256, 0, step)
         times["parameters"].append(1000 * (time.perf_counter() - started) / 256)
         started = time.perf_counter()
-        augment(views, {name: values[:32] for name, values in params.items()})
+        augment(views, {name: values[:32] for name, values in params.items()}, MEAN, STD)
         times["device augmentation"].append(1000 * (time.perf_counter() - started) / 32)
     for name, values in times.items():
         print(f"{name}: {median(values):.3f} ms an image" + ("" if name == "parameters" else ", on one CPU thread"))

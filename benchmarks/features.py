@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from moco.augment import MEAN, STD
 from moco.backbone import load_backbone
 from moco.backbone.features import Features
 from moco.data import shapes
@@ -66,7 +67,7 @@ def main():
         shapes.check_version(known.get("settings", {}), "shapes")
         backbone, size = backbone.eval().to(accelerator.device), known.get("image_size", 32)
         (bank, bank_labels, _), (features, labels, _) = (
-            Features(backbone, size, 1, accelerator).all(split, range(len(split))) for split in splits
+            Features(backbone, size, MEAN, STD, 1, accelerator).all(split, range(len(split))) for split in splits
         )
         row = []
         for target, classes in TARGETS.values():

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import moco.augment as augment
 import train_moco
 from benchmarks.data_path import standard_transform
-from moco.encoder import build_encoder
+from moco.encoder import build_resnet
 
 ROOT = Path(__file__).parent.parent
 IMAGES, EPOCHS, BATCH = 10_000, 12, 128
@@ -109,7 +109,7 @@ def run_official(folder, data, seed, output):
     sampler = DistributedSampler(photographs, seed=seed)
     batches = DataLoader(photographs, BATCH, sampler=sampler, num_workers=1, drop_last=True)
     # Their builder makes both heads' hidden layer by itself, so the encoder comes with one linear layer.
-    encoder = lambda num_classes: build_encoder("resnet10", num_classes, head="fc")  # noqa: E731
+    encoder = lambda num_classes: build_resnet("resnet10", num_classes, bn_batch=None)  # noqa: E731
     model = builder.MoCo(encoder, 128, QUEUE, MOMENTUM, TEMPERATURE, mlp=True)
     model = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=1e-4)

@@ -33,7 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.data_path import photograph, standard_transform
 from benchmarks.step import our_step
-from moco.augment import ViewAugment, random_crop_boxes, sample_params
+from moco.augment import AUGMENTATIONS, MEAN, STD, augment, random_crop_boxes, sample_params
 from moco.data.decode import decode_crops
 from moco.encoder import build_encoder
 
@@ -75,7 +75,8 @@ def pillow_views(files, transform):
 def our_views(files, size, step=0):
     rng, n = np.random.default_rng(step), len(files)
     crops = [decode_crops({"bytes": data, "path": None}, partial(random_crop_boxes, rng=rng), size) for data in files]
-    return ViewAugment("v2")(torch.stack(crops), sample_params("v2", n, 0, step))
+    params = sample_params(AUGMENTATIONS["v2"], n, 0, step)
+    return augment([torch.stack(views) for views in zip(*crops)], params, MEAN, STD)
 
 
 def view_makers(size):
@@ -103,9 +104,9 @@ def compare_data(rounds):
 def lightly_step(arch, size, batch, precision):
     """A function that takes the step of lightly's MoCo v2 example, on its own images unless it is given others."""
     torch.manual_seed(0)
-    resnet = build_encoder(arch, head="fc")
-    width = resnet.fc.in_features
-    backbone = nn.Sequential(*list(resnet.children())[:-1], nn.Flatten())
+    encoder = build_encoder(arch, head="fc")
+    width = encoder.width
+    backbone = nn.Sequential(*list(encoder.backbone.children())[:-1], nn.Flatten())
     query = nn.Sequential(backbone, MoCoProjectionHead(width, width, 128))
     key = copy.deepcopy(query)
     deactivate_requires_grad(key)

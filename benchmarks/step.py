@@ -30,7 +30,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import convert_outputs_to_fp32
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.augment import ViewAugment, sample_params
+from moco.augment import AUGMENTATIONS, MEAN, STD, augment, sample_params
 from moco.contrast import KeyQueue, contrastive_logits
 from moco.encoder import build_encoder, momentum_update
 from moco.schedule import LARS
@@ -146,7 +146,7 @@ def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=Non
         moco_step(
             query_encoder, key_encoder, queue, optimizer, views,
             shuffle_order(0, next(numbers), accelerator.num_processes * batch), accelerator,
-            temperature=0.2, encoder_momentum=0.999, micro_batch=batch,
+            temperature=0.2, encoder_momentum=0.999, images_per_pass=batch,
         )  # fmt: skip
 
     return step
@@ -231,9 +231,9 @@ def reference_update(query_encoder, key_encoder):
 
 def print_parts(size, batch, step_ms, rounds):
     """What is in a step, and the augmentation beside a step that takes step_ms."""
-    crops = torch.randint(0, 256, (batch, 2, size, size, 3), dtype=torch.uint8, device=DEVICE)
-    augment, params = ViewAugment("v2"), sample_params("v2", batch, 0, 0)
-    took = take_turns({"augmentation": lambda: augment(crops, params)}, rounds)["augmentation"]
+    crops = [torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+    params = sample_params(AUGMENTATIONS["v2"], batch, 0, 0)
+    took = take_turns({"augmentation": lambda: augment(crops, params, MEAN, STD)}, rounds)["augmentation"]
     print(f"\naugmentation of both views {took:.1f} ms, {took / step_ms:.1%} of our fastest step")
     query_encoder, key_encoder = (build_encoder("resnet50").to(DEVICE) for _ in range(2))
     flat = torch.cat([p.detach().flatten() for p in query_encoder.parameters()])

@@ -32,12 +32,13 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import moco.data.hub
 from benchmarks.data_path import photograph
-from moco.augment import random_crop_boxes
-from moco.data.batches import crop_generator, train_batches
+from moco.augment import AUGMENTATIONS, MEAN, STD, random_crop_boxes
+from moco.data.batches import crop_generator
 from moco.data.decode import decode_crops
 from moco.data.hub import RESOLVES, WINDOW
 from moco.data.load import load_splits
 from moco.data.order import Order
+from moco.data.views import FastViews
 from tests.hub import serving
 
 PROCESSES, BATCH, ROWS, SIZE = 2, 64, 200, 224  # ROWS: of a shuffle window
@@ -52,9 +53,11 @@ GPU, MACHINE = 2_300, 8  # images/s that one H100 asks for, GPUs in a machine
 def ours(name, rank, epochs, cache=None):
     images, _ = load_splits(name, cache=cache)
     steps = len(images) // BATCH
-    rows = itertools.islice(images.training_rows(Order(BATCH, 0, rank, PROCESSES, 1, ROWS), 0), epochs * steps)
-    for step, (views, *_) in enumerate(train_batches(images, SIZE, 0, "v2", rows, 1), 1):
-        yield len(views)
+    batches = FastViews(AUGMENTATIONS["v2"], SIZE, MEAN, STD).batches(
+        images, Order(BATCH, 0, rank, PROCESSES, 1, ROWS), 0
+    )
+    for step, (views, *_) in enumerate(itertools.islice(batches, epochs * steps), 1):
+        yield len(views[0])
         if step % steps == 0:
             yield None
 
@@ -78,7 +81,7 @@ def theirs(name, rank, epochs):
         views = torch.empty(len(rows), 2, SIZE, SIZE, 3, dtype=torch.uint8)
         for i, row in enumerate(rows):
             boxes = functools.partial(random_crop_boxes, rng=crop_generator(0, 0, i))
-            views[i] = decode_crops(row["image"], boxes, SIZE)
+            views[i] = torch.stack(decode_crops(row["image"], boxes, SIZE))
         return views
 
     options = {"num_workers": 1, "prefetch_factor": 4, "drop_last": True, "collate_fn": crops}

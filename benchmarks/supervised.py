@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from moco.augment import normalize, to_float
+from moco.augment import MEAN, STD, normalize, to_float
 from moco.backbone import save_backbone
 from moco.data import shapes
 from moco.data.batches import labelled_crops, loader
@@ -50,8 +50,8 @@ def main():
     bar = tqdm(range(args.epochs * steps_per_epoch), unit="step")
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step // steps_per_epoch, args.epochs, "cosine", ())
-        crops, labels, _ = next(batches)
-        logits = encoder(normalize(to_float(crops.to(device, non_blocking=True))))
+        (crops,), labels, _ = next(batches)
+        logits = encoder(normalize(to_float(crops.to(device, non_blocking=True)), MEAN, STD))
         loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
         accelerator.backward(loss)
         optimizer.step()

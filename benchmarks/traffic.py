@@ -93,7 +93,7 @@ def main():
     def step(number):
         moco_step(
             query_encoder, key_encoder, queue, optimizer, views, shuffle_order(0, number, n * world), accelerator,
-            temperature=0.2, encoder_momentum=0.999, micro_batch=n,
+            temperature=0.2, encoder_momentum=0.999, images_per_pass=n,
         )  # fmt: skip
 
     steps = [count_received(lambda number=number: step(number), accelerator) for number in range(50)]

@@ -1,10 +1,10 @@
-"""The two views of an image: crops on the host, everything else as one batch on the training device.
+"""The views of an image: crops on the host, everything else as one batch on the training device.
 
-Workers call `random_crop_boxes` and `crop_pair` on the decoded image and send uint8, a quarter of the bytes of
-floats. `ViewAugment` then jitters, grays, blurs, flips and normalises, with parameters that `sample_params` draws for
-each view of each image of the global batch, so that any number of processes sees the same pixels. On a GPU that is
-PyTorch, a batch at a time; on a CPU it is OpenCV, a view at a time, three times as fast. Both are torchvision's
-functions to 1e-5. Source of each recipe: see `AUGMENTATIONS`.
+Data workers call `random_crop_boxes` and `cut_crops` on the decoded image and send uint8, a quarter of the bytes of
+floats. `augment` then jitters, grays, blurs, flips and normalises, with parameters that `sample_params` draws for each
+view of each image of the global batch, so that any number of processes sees the same pixels. On a GPU that is PyTorch,
+a batch at a time; on a CPU it is OpenCV, a view at a time, three times as fast. Both are torchvision's functions to
+1e-5. Crops, flips and blur take any number of channels, colours take three. `moco/data/views.py` puts it together.
 """
 
 import math
@@ -13,43 +13,43 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-# crop: the least share of an image's area. jitter: strengths of brightness, contrast, saturation, hue. jitter_p, gray_p
-# and blur_p: how probable each is. gray_first: before the jitter, not after it. Sources: arXiv:1911.05722 section 3.3,
-# arXiv:2003.04297 section 3, arXiv:2002.05709 appendix A with strength 1.
-AUGMENTATIONS = {
-    "v1": {
-        "crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.4), "jitter_p": 1.0, "gray_p": 0.2, "gray_first": True, "blur_p": 0.0,
-    },
-    "v2": {
-        "crop": 0.2, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "gray_first": False, "blur_p": 0.5,
-    },
-    "simclr": {
-        "crop": 0.08, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8,
-        "gray_p": 0.2, "gray_first": False, "blur_p": 0.5,
-    },
+# A view. size: its side, as a share of --image-size. area: the least and the largest share of the image in its crop.
+# jitter: strengths of brightness, contrast, saturation, hue. jitter_p, gray_p, blur_p and solarize_p: how probable each
+# is. gray_first: before the jitter, not after it. Sources: arXiv:1911.05722 section 3.3, arXiv:2003.04297 section 3,
+# arXiv:2002.05709 appendix A with strength 1.
+V2 = {
+    "size": 1.0, "area": (0.2, 1.0), "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2,
+    "gray_first": False, "blur_p": 0.5, "solarize_p": 0.0,
 }  # fmt: skip
+V1 = V2 | {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_p": 1.0, "gray_first": True, "blur_p": 0.0}
+SIMCLR = V2 | {"area": (0.08, 1.0), "jitter": (0.8, 0.8, 0.8, 0.2)}
+NO_COLOUR = V2 | {"jitter_p": 0.0, "gray_p": 0.0}  # for images of any number of channels
+# A recipe is a list of views, which may differ. Multi-crop, for one, is
+# [V2 | {"area": (0.14, 1.0)}] * 2 + [V2 | {"size": 96 / 224, "area": (0.05, 0.14)}] * 6
+AUGMENTATIONS = {"v1": [V1, V1], "v2": [V2, V2], "simclr": [SIMCLR, SIMCLR], "no-colour": [NO_COLOUR, NO_COLOUR]}
 CROP_RATIO = (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as `sample_params` numbers them
 NEUTRAL = (1, 1, 1, 0)  # the factor of each that changes nothing
 BLUR_SIGMA = (0.1, 2.0)  # pixels of a 224 pixel image
 LUMA = np.array([0.2989, 0.587, 0.114], np.float32)  # of red, green, blue: ITU-R 601's, as torchvision has them
-CHUNK = 256  # images that a GPU augments at a time: at 224 pixels 308 MB a copy of both views, of which it makes two
+CHUNK = 256  # images that a GPU augments at a time: at 224 pixels 308 MB a copy of two views, and it makes two copies
 
 
 # ---- host: where to cut, and the cut
 
 
-def random_crop_boxes(height, width, rng, least=0.2, views=2):
+def random_crop_boxes(height, width, rng, areas=((0.2, 1.0), (0.2, 1.0))):
     """Boxes of RandomResizedCrop for each view: (views, 4) int, rows of top, left, height, width.
 
-    rng: a numpy Generator. Ten tries for a share of the area from `least` to 1 and an aspect in CROP_RATIO that fit,
-    then the largest centred box of an aspect in range, as torchvision does.
+    rng: a numpy Generator. areas: (least, largest) share of the image's area, of each view. Ten tries for a share in
+    that range and an aspect in CROP_RATIO that fit, then the largest centred box of an aspect in range, as torchvision
+    does.
     """
+    views, (least, largest) = len(areas), np.transpose(areas)[..., None]
     draws = rng.random((views, 10, 4))
-    area = height * width * (least + draws[..., 0] * (1 - least))
+    area = height * width * (least + draws[..., 0] * (largest - least))
     low, high = np.log(CROP_RATIO)
     ratio = np.exp(low + draws[..., 1] * (high - low))
     w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
@@ -64,28 +64,32 @@ def random_crop_boxes(height, width, rng, least=0.2, views=2):
     return boxes
 
 
-def crop_pair(image, boxes, size):
-    """Cut and resize every box: image (H, W, 3) uint8 array -> (views, size, size, 3) uint8 tensor.
+def cut_crops(image, boxes, sizes):
+    """Cut and resize every box of an image, a (H, W, C) array: a list of (size, size, C) tensors of its type.
 
-    Bilinear with antialiasing, at most one level from Pillow's. Channels-last strides are what makes the resize fast.
+    sizes: the side of each crop, or one for all. Bilinear with antialiasing, at most one level from Pillow's.
+    Channels-last strides are what makes the resize fast.
     """
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    crops = [pixels[:, :, top : top + h, left : left + w] for top, left, h, w in boxes]
-    resized = [F.interpolate(crop, (size, size), mode="bilinear", antialias=True) for crop in crops]
-    return torch.cat(resized).permute(0, 2, 3, 1)
+    crops = []
+    for (top, left, h, w), size in zip(boxes, np.broadcast_to(sizes, len(boxes)).tolist()):
+        crop = pixels[:, :, top : top + h, left : left + w]
+        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0))
+    return crops
 
 
 # ---- device: crops as the encoders take them
 
 
 def to_float(crops):
-    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [0, 1], channels-last by its strides, without a copy."""
-    return crops.permute(0, 3, 1, 2).float() / 255
+    """(N, S, S, C) uint8 -> (N, C, S, S) float32 in [0, 1], channels-last by its strides. Floats keep their values."""
+    x = crops.permute(0, 3, 1, 2).float()
+    return x / 255 if crops.dtype == torch.uint8 else x
 
 
-def normalize(x):
-    """Subtract ImageNet's mean and divide by its deviation, x: (N, 3, H, W) in [0, 1]."""
-    mean, std = (send(values, x.dtype, x).view(1, 3, 1, 1) for values in (MEAN, STD))
+def normalize(x, mean, std):
+    """Subtract each channel's mean and divide by its deviation. x: (N, C, H, W). mean, std: C numbers each."""
+    mean, std = (send(values, x.dtype, x).view(1, x.shape[1], 1, 1) for values in (mean, std))
     return (x - mean) / std
 
 
@@ -93,25 +97,29 @@ def normalize(x):
 
 
 def sample_params(recipe, n, seed, step, rows=slice(None)):
-    """Augmentation parameters of the global batch at `step`: a dict of CPU tensors, each (n, 2) or (n, 2, 4).
+    """Augmentation parameters of the global batch at `step`: a dict of CPU tensors, each (n, V) or (n, V, 4).
 
-    recipe: of `AUGMENTATIONS`. n: images in the global batch. rows: those of one process; all are drawn, so that the
-    parameters do not depend on the number of processes.
-    factors (n, 2, 4): brightness, contrast, saturation factors and hue shift (in turns), neutral where not jittered.
-    order (n, 2, 4): the operations in the order they are applied. gray, flip (n, 2): bool. sigma (n, 2): of the blur,
-    in pixels of a 224 pixel image, 0 for none.
+    recipe: a list of V views, see `AUGMENTATIONS`. n: images in the global batch. rows: those of one process; all are
+    drawn, so that the parameters do not depend on the number of processes.
+    factors (n, V, 4): brightness, contrast, saturation factors and hue shift (in turns), neutral where not jittered.
+    order (n, V, 4): the operations in the order they are applied. gray, gray_first, flip, solarize (n, V): bool.
+    sigma (n, V): of the blur, in pixels of a 224 pixel image, 0 for none.
     """
-    settings = AUGMENTATIONS[recipe]
-    rng = np.random.default_rng([*b"photometry", seed, step])
-    strength = np.array(settings["jitter"])
-    factors = rng.uniform(-strength, strength, (n, 2, 4)) + (1, 1, 1, 0)
-    jitter = rng.random((n, 2, 1)) < settings["jitter_p"]
+    rng, views = np.random.default_rng([*b"photometry", seed, step]), len(recipe)
+    strength, jitter_p, gray_p, gray_first, blur_p, solarize_p = (
+        np.array([view[name] for view in recipe])
+        for name in ("jitter", "jitter_p", "gray_p", "gray_first", "blur_p", "solarize_p")
+    )
+    factors = rng.uniform(-strength, strength, (n, views, 4)) + NEUTRAL
+    jitter = rng.random((n, views, 1)) < jitter_p[:, None]
     params = {
-        "factors": np.where(jitter, factors, (1, 1, 1, 0)).astype(np.float32),
-        "order": rng.random((n, 2, 4)).argsort(axis=-1),
-        "gray": rng.random((n, 2)) < settings["gray_p"],
-        "sigma": (rng.uniform(*BLUR_SIGMA, (n, 2)) * (rng.random((n, 2)) < settings["blur_p"])).astype(np.float32),
-        "flip": rng.random((n, 2)) < 0.5,
+        "factors": np.where(jitter, factors, NEUTRAL).astype(np.float32),
+        "order": rng.random((n, views, 4)).argsort(axis=-1),
+        "gray": rng.random((n, views)) < gray_p,
+        "gray_first": np.tile(gray_first, (n, 1)),
+        "sigma": (rng.uniform(*BLUR_SIGMA, (n, views)) * (rng.random((n, views)) < blur_p)).astype(np.float32),
+        "flip": rng.random((n, views)) < 0.5,
+        "solarize": rng.random((n, views)) < solarize_p,
     }
     return {name: torch.from_numpy(values[rows]) for name, values in params.items()}
 
@@ -121,16 +129,19 @@ def blur_taps(size):
     return max(6, math.ceil(3 * BLUR_SIGMA[1] * size / 224))
 
 
-# ---- on a CPU: one view, (S, S, 3), by OpenCV
+# ---- on a CPU: one view, (S, S, C), by OpenCV
 
 TO_GRAY = np.broadcast_to(LUMA, (3, 3))
-NORMALIZE = np.column_stack([np.diag(1 / np.array(STD)), -np.array(MEAN) / STD])  # an affine map of colours, (3, 4)
 
 
-def augment_view(crop, order, factors, gray, sigma, flip, gray_first):
-    """The view of a crop, (S, S, 3) uint8 -> float32, normalised; the parameters are those of one view."""
+def augment_view(crop, normalization, order, factors, gray, gray_first, sigma, flip, solarize):
+    """The view of a crop, (S, S, C) uint8 or float32 -> float32, normalised; the parameters are those of one view.
+
+    normalization: an affine map of colours, (C, C + 1).
+    """
     x = (cv2.flip(crop, 1) if flip else crop).astype(np.float32)
-    x *= 1 / 255
+    if crop.dtype == np.uint8:
+        x *= 1 / 255
     if gray and gray_first:
         x = cv2.transform(x, TO_GRAY)
     for operation in order:
@@ -141,7 +152,9 @@ def augment_view(crop, order, factors, gray, sigma, flip, gray_first):
     if sigma:
         size = len(x)
         x = cv2.GaussianBlur(x, (2 * blur_taps(size) + 1,) * 2, sigma * size / 224, borderType=cv2.BORDER_REFLECT_101)
-    return cv2.transform(x, NORMALIZE)
+    if solarize:
+        x = np.where(x < 0.5, x, 1 - x)
+    return cv2.transform(x, normalization).reshape(crop.shape)  # OpenCV drops a single channel
 
 
 def jitter_view(x, operation, factor):
@@ -201,6 +214,10 @@ def to_gray(x):
     x.copy_(luma(x))
 
 
+def solarize(x):
+    x.copy_(torch.where(x < 0.5, x, 1 - x))
+
+
 def flip(x):
     x.copy_(x.flip(-1))
 
@@ -220,23 +237,28 @@ def gaussian_blur(x, sigma):
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def plan(params, size, gray_first):
+def plan(params, size):
     """[(operation, images, a value for each or None)]: what is done to a batch, in this order, and to no other image.
 
     params: of `sample_params`, each (N, ...) here, without the dimension of views. size: side of an image.
     """
     order, factors, sigma = (params[name].tolist() for name in ("order", "factors", "sigma"))
-    steps = []
+    gray, gray_first = params["gray"], params["gray_first"]
+    steps = [(to_gray, images_of(gray & gray_first), None)]
     for place in range(4):
         for number, operation in enumerate(JITTER):
             images = [i for i, o in enumerate(order) if o[place] == number and factors[i][number] != NEUTRAL[number]]
             steps.append((operation, images, [factors[i][number] for i in images]))
-    gray = (to_gray, params["gray"].nonzero().flatten().tolist(), None)
-    steps = [gray, *steps] if gray_first else [*steps, gray]
-    blurred = params["sigma"].nonzero().flatten().tolist()
+    steps.append((to_gray, images_of(gray & ~gray_first), None))
+    blurred = images_of(params["sigma"])
     steps.append((gaussian_blur, blurred, [sigma[i] * size / 224 for i in blurred]))
-    steps.append((flip, params["flip"].nonzero().flatten().tolist(), None))
+    steps += [(solarize, images_of(params["solarize"]), None), (flip, images_of(params["flip"]), None)]
     return [step for step in steps if step[1]]
+
+
+def images_of(chosen):
+    """The numbers of the images, a list, for which a tensor (N,) is not 0."""
+    return chosen.nonzero().flatten().tolist()
 
 
 def send(values, dtype, x):
@@ -245,10 +267,12 @@ def send(values, dtype, x):
     return values.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else values
 
 
-def augment_batch(crops, params, gray_first):
-    """The views of crops, (N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [0, 1]; params as for `plan`."""
-    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    steps = plan(params, x.shape[-1], gray_first)
+def augment_batch(crops, params):
+    """The views of crops, (N, S, S, C) uint8 or float32 -> (N, C, S, S) float32; params as for `plan`."""
+    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if crops.dtype == torch.uint8:
+        x.div_(255)
+    steps = plan(params, x.shape[-1])
     lengths = [len(images) for _, images, _ in steps]
     # All parameters in two copies to the device, then cut into those of each step.
     indices = send([i for _, images, _ in steps for i in images], torch.long, x).split(lengths)
@@ -260,38 +284,45 @@ def augment_batch(crops, params, gray_first):
     return x
 
 
-class ViewAugment(nn.Module):
-    """The device side of a recipe: (n, 2, S, S, 3) uint8 crops and their parameters -> query and key images.
+# ---- all views of a batch
 
-    Returns two (n, 3, S, S) float32 tensors, channels-last, normalised with ImageNet's mean and std. An image pays for
-    the operations that it gets, not for those of others. Computed in float32 whatever the training precision (bfloat16
-    would be up to 17 levels off). Values are not rounded to uint8 between operations as Pillow rounds them. Blur's
-    sigma scales with S / 224.
+
+@torch.no_grad()
+def augment(crops, params, mean, std):
+    """The device part of a recipe: crops and their parameters -> a list of V (n, C, S, S) float32 tensors.
+
+    crops: a list of V (n, S, S, C) tensors, uint8 or float32; sides may differ. params: of `sample_params`, for these
+    n images. mean, std: C numbers each, to normalise with. The views are channels-last by their strides.
+    An image pays for the operations that it gets, not for those of others. Computed in float32 whatever the training
+    precision (bfloat16 would be up to 17 levels off). Values are not rounded to uint8 between operations as Pillow
+    rounds them. Blur's sigma scales with S / 224.
     """
+    views = [None] * len(crops)
+    for size in sorted({crop.shape[1] for crop in crops}):  # views of one size are one batch
+        group = [v for v, crop in enumerate(crops) if crop.shape[1] == size]
+        of_group = {name: values[:, group] for name, values in params.items()}
+        out = torch.empty(len(group), *crops[group[0]].shape, device=crops[0].device)
+        fill = augment_on_cpu if out.device.type == "cpu" else augment_in_chunks
+        fill(out, [crops[v] for v in group], of_group, mean, std)
+        for v, view in zip(group, out.permute(0, 1, 4, 2, 3)):
+            views[v] = view
+    return views
 
-    def __init__(self, recipe):
-        super().__init__()
-        self.gray_first = AUGMENTATIONS[recipe]["gray_first"]
 
-    @torch.no_grad()
-    def forward(self, uint8_views, params):
-        n, _, size, _, _ = uint8_views.shape
-        views = torch.empty(2, n, size, size, 3, device=uint8_views.device)
-        if uint8_views.device.type == "cpu":
-            self.augment_on_cpu(views.numpy(), uint8_views.numpy(), params)
-        else:
-            for first in range(0, n, CHUNK):
-                chunk = slice(first, first + CHUNK)
-                crops = uint8_views[chunk].transpose(0, 1).flatten(0, 1)  # queries first
-                of_chunk = {name: values[chunk].transpose(0, 1).flatten(0, 1) for name, values in params.items()}
-                x = normalize(augment_batch(crops, of_chunk, self.gray_first))
-                views[:, chunk] = x.permute(0, 2, 3, 1).unflatten(0, (2, -1))
-        return tuple(views.permute(0, 1, 4, 2, 3))
+def augment_on_cpu(out, crops, params, mean, std):
+    """Fill out, (V, n, S, S, C), with the views of V crops (n, S, S, C), one by one."""
+    params = {name: values.tolist() for name, values in params.items()}
+    normalization = np.column_stack([np.diag(1 / np.array(std)), -np.array(mean) / std])
+    for v, (views, crops_of_view) in enumerate(zip(out.numpy(), crops)):
+        for i, crop in enumerate(crops_of_view.numpy()):
+            of_view = {name: values[i][v] for name, values in params.items()}
+            views[i] = augment_view(crop, normalization, **of_view)
 
-    def augment_on_cpu(self, views, crops, params):
-        """Fill views (2, n, S, S, 3) with those of crops (n, 2, S, S, 3), both numpy arrays."""
-        params = {name: values.tolist() for name, values in params.items()}
-        for i, pair in enumerate(crops):
-            for view, crop in enumerate(pair):
-                of_view = {name: values[i][view] for name, values in params.items()}
-                views[view, i] = augment_view(crop, **of_view, gray_first=self.gray_first)
+
+def augment_in_chunks(out, crops, params, mean, std):
+    """As `augment_on_cpu`, by operations on many images at a time."""
+    for first in range(0, out.shape[1], CHUNK):
+        chunk = slice(first, first + CHUNK)
+        of_chunk = {name: values[chunk].transpose(0, 1).flatten(0, 1) for name, values in params.items()}
+        x = normalize(augment_batch(torch.cat([crop[chunk] for crop in crops]), of_chunk), mean, std)
+        out[:, chunk] = x.permute(0, 2, 3, 1).unflatten(0, (len(crops), -1))

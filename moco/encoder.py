@@ -1,5 +1,10 @@
-"""ResNet encoders with a projection head, and the momentum update of the key encoder."""
+"""Encoders: a backbone with a projection head, and the momentum update of the key encoder.
 
+A backbone is a torchvision ResNet or, by the name timm/NAME, a model of timm, which is installed only where it is used.
+"""
+
+import difflib
+import re
 from functools import partial
 
 import torch
@@ -7,11 +12,166 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from moco.errors import UserError, explained
+
+TIMM = "timm/"  # stands before the names of timm's models
+
 
 def resnet_names():
-    """Every architecture `build_encoder` knows: torchvision's ResNets, and resnet10 for small demonstrations."""
+    """Every ResNet `build_encoder` knows: torchvision's, and resnet10 for small demonstrations."""
     names = torchvision.models.list_models(module=torchvision.models)
     return ["resnet10", *(name for name in names if "resne" in name)]
+
+
+def check_arch(arch):
+    """Raise UserError unless `build_encoder` knows this architecture; the message has the nearest names."""
+    names = resnet_names()
+    if arch.startswith(TIMM):
+        with explained(f"{arch} needs timm, which is not installed", "pip install timm", ImportError):
+            import timm
+        names = [TIMM + name for name in timm.list_models()]
+    if arch not in names:
+        nearest = difflib.get_close_matches(arch, names, 5, cutoff=0)
+        raise UserError(
+            f"unknown arch {arch!r}; the nearest names are {', '.join(nearest)} (a torchvision ResNet, resnet10, or"
+            " timm/NAME)"
+        )
+
+
+class Encoder(nn.Module):
+    """A backbone and a projection head: images (N, channels, S, S) -> features (N, width) -> (N, C), not normalised.
+
+    Only the backbone is evaluated and published. arch: the name that `load_backbone` builds it by. image_size: the S it
+    was built for; None where any size will do.
+    """
+
+    def __init__(self, backbone, head, arch, width, channels=3, image_size=None):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.arch, self.width, self.channels, self.image_size = arch, width, channels, image_size
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+    def _load_from_state_dict(self, state, prefix, *arguments):
+        """Also takes an encoder of earlier checkpoints, which was a ResNet with the head as its `fc`."""
+        keys = [key for key in state if key.startswith(prefix)]
+        if not any(key.startswith(f"{prefix}backbone.") for key in keys):
+            for key in keys:
+                name = key.removeprefix(prefix)
+                part = f"head.{name[3:]}" if name.startswith("fc.") else f"backbone.{name}"
+                state[prefix + part] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *arguments)
+
+
+def build_encoder(arch, dim=128, head="mlp", stem="imagenet", bn_batch=None, image_size=None, channels=3):
+    """An `Encoder` with random weights: (N, channels, H, W) images -> (N, dim), not normalised.
+
+    arch: a name from `resnet_names()`, or timm/NAME, whose features are the pooled output of timm's model without its
+    classifier. dim: output width C.
+    head: "fc", one Linear (v1), or "mlp", Linear-ReLU-Linear with hidden width = feature width (v2).
+    stem: "imagenet" (7x7 stride 2, max-pool) or "small" (3x3 stride 1, no pooling: for images of about 32 pixels), of a
+    ResNet.
+    bn_batch: images that share BatchNorm statistics in training; None for all of a forward pass.
+    image_size: pixels, for those of timm's models that are built for one size; None for the model's default.
+    Raises UserError for an unknown arch or a size that it cannot take, ValueError for an unknown head or stem.
+    Source: arXiv:1911.05722 section 3.3, arXiv:2003.04297 section 2; the small stem is that of MoCo's CIFAR notebook.
+    """
+    check_arch(arch)
+    if head not in ("fc", "mlp") or stem not in ("imagenet", "small"):
+        raise ValueError(f"head must be fc or mlp and stem imagenet or small, got {head!r} and {stem!r}")
+    if arch.startswith(TIMM):
+        if stem == "small":
+            raise UserError(f"--stem small is for ResNets, and {arch} has a stem of its own; leave the flag out")
+        backbone, image_size, width = build_timm(arch, bn_batch, image_size, channels)
+        last = nn.Linear(width, dim)
+    else:
+        backbone = build_resnet(arch, dim, bn_batch)
+        last, backbone.fc = backbone.fc, nn.Identity()  # torchvision has drawn it already
+        width = last.in_features
+    if head == "mlp":
+        last = nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+    if not arch.startswith(TIMM) and (stem == "small" or channels != 3):
+        replace_stem(backbone, stem, channels)
+    return Encoder(backbone, last, arch, width, channels, image_size)
+
+
+def build_resnet(arch, classes, bn_batch):
+    """A torchvision ResNet with its `fc`, or a resnet10."""
+    options = {"num_classes": classes, "norm_layer": partial(GroupedBatchNorm2d, group=bn_batch) if bn_batch else None}
+    if arch == "resnet10":  # not torchvision's: one block a stage, four times as fast as resnet18's two on 48 pixels
+        return ResNet(BasicBlock, [1, 1, 1, 1], **options)
+    return torchvision.models.get_model(arch, **options)
+
+
+def replace_stem(resnet, stem, channels):
+    """Give a ResNet another first convolution, and with the small stem no pooling after it."""
+    small = stem == "small"
+    shape = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 7, "stride": 2, "padding": 3}
+    resnet.conv1 = nn.Conv2d(channels, resnet.conv1.out_channels, **shape, bias=False)
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if small:
+        resnet.maxpool = nn.Identity()
+
+
+# ---- models of timm
+
+
+def timm_arguments(arch, image_size, channels):
+    """What timm's create_model has to be told besides the name: the size where a model is built for one, channels."""
+    import timm
+
+    default = timm.get_pretrained_cfg(arch.removeprefix(TIMM))
+    fixed = default is not None and default.fixed_input_size and image_size
+    return ({"img_size": image_size} if fixed else {}) | ({"in_chans": channels} if channels != 3 else {})
+
+
+def build_timm(arch, bn_batch, image_size, channels):
+    """(model of timm without its classifier, image size it is built for, width of its features).
+
+    It drops nothing at random in training, because that would be no function of seed and step.
+    """
+    import timm
+
+    name = arch.removeprefix(TIMM)
+    with explained(
+        f"{arch} cannot be built for images of {image_size} pixels", "choose another --image-size or --arch"
+    ):
+        model = timm.create_model(name, num_classes=0, **timm_arguments(arch, image_size, channels))
+        image_size = image_size or model.pretrained_cfg["input_size"][-1]
+        width = feature_width(model, image_size, channels)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("drop_prob", "drop_rate"):  # of timm's DropPath, and of models that call F.dropout themselves
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+    if bn_batch:
+        group_norms(model, bn_batch, arch)
+    return model, image_size, width
+
+
+@torch.no_grad()
+def feature_width(backbone, image_size, channels=None):
+    """How many features a backbone gives for an image of this size, found by a forward pass of one image.
+
+    channels: of the image; None for those of the backbone's first convolution.
+    Raises UserError if the backbone does not take such images, or gives anything but (N, width).
+    """
+    convolution = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = channels or (convolution.in_channels if convolution else 3)
+    like, training = next(backbone.parameters()), backbone.training
+    what = f"the backbone does not take images of {image_size} pixels with {channels} channels"
+    with explained(what, "choose the --image-size it was built for"):
+        features = backbone.eval()(like.new_zeros(1, channels, image_size, image_size))
+    backbone.train(training)
+    if not torch.is_tensor(features) or features.dim() != 2:
+        shape = list(features.shape) if torch.is_tensor(features) else type(features).__name__
+        raise UserError(f"the backbone gives {shape} for one image, not a row of features; choose another --arch")
+    return features.shape[1]
+
+
+# ---- BatchNorm
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
@@ -31,50 +191,63 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([*map(super().forward, x.split(self.group))])
 
 
-def build_encoder(arch, dim=128, head="mlp", stem="imagenet", bn_batch=None):
-    """A torchvision ResNet whose `fc` is the projection head: (N, 3, H, W) images -> (N, dim), not normalised.
+def group_norms(model, group, arch):
+    """Turn each BatchNorm of a model of timm into one over `group` images, in place.
 
-    arch: a name from `resnet_names()`. dim: output width C.
-    head: "fc", one Linear (v1), or "mlp", Linear-ReLU-Linear with hidden width = feature width (v2).
-    stem: "imagenet" (7x7 stride 2, max-pool) or "small" (3x3 stride 1, no pooling: for images of about 32 pixels).
-    bn_batch: images that share BatchNorm statistics in training; None for all of a forward pass.
-    Raises ValueError for an unknown arch, head or stem.
-    Source: arXiv:1911.05722 section 3.3, arXiv:2003.04297 section 2; the small stem is that of MoCo's CIFAR notebook.
+    The layer keeps what else it does: timm's BatchNormAct2d holds an activation, which a plain BatchNorm would lose.
+    Raises UserError for BatchNorm over anything but images, which cannot be grouped here.
     """
-    if arch not in resnet_names():
-        raise ValueError(f"unknown arch {arch!r}; one of {', '.join(resnet_names())}")
-    if head not in ("fc", "mlp") or stem not in ("imagenet", "small"):
-        raise ValueError(f"head must be fc or mlp and stem imagenet or small, got {head!r} and {stem!r}")
-    options = {"num_classes": dim, "norm_layer": partial(GroupedBatchNorm2d, group=bn_batch) if bn_batch else None}
-    if arch == "resnet10":  # not torchvision's: one block a stage, four times as fast as resnet18's two on 48 pixels
-        encoder = ResNet(BasicBlock, [1, 1, 1, 1], **options)
-    else:
-        encoder = torchvision.models.get_model(arch, **options)
-    if head == "mlp":
-        width = encoder.fc.in_features
-        encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
-    if stem == "small":
-        encoder.conv1 = nn.Conv2d(3, encoder.conv1.out_channels, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-        encoder.maxpool = nn.Identity()
-    return encoder
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            kind = type(module)
+            module.__class__ = type(f"Grouped{kind.__name__}", (GroupedBatchNorm2d, kind), {})
+            module.group = group
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                f"{arch} has a {type(module).__name__}, which --bn-batch cannot group; choose another --arch"
+            )
 
 
-def feature_width(weights):
-    """The number of features of a backbone with these weights: the channels of its last convolution."""
-    return [value for value in weights.values() if value.dim() == 4][-1].shape[0]
+def sync_batchnorm(encoder):
+    """The encoder with BatchNorm over all processes (GPUs only)."""
+    if encoder.arch.startswith(TIMM):
+        from timm.layers import convert_sync_batchnorm  # PyTorch's loses the activation in timm's BatchNormAct2d
+
+        return convert_sync_batchnorm(encoder)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+
+
+def batchnorm_in_words(encoder, otherwise):
+    """How many images share BatchNorm statistics, as the modules have it. otherwise: where they do not say."""
+    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    groups = {getattr(norm, "group", otherwise) for norm in norms}
+    return " and ".join(map(str, groups)) or "none in this model, so groups and the shuffle of keys have no effect"
+
+
+# ---- the momentum update
+
+
+def parameters_by_name(encoder):
+    """{name: parameter} without what DDP and torch.compile put before or into the names."""
+    names = ((name.replace("_orig_mod.", ""), parameter) for name, parameter in encoder.named_parameters())
+    return {re.sub(r"^(module\.)+", "", name): parameter for name, parameter in names}
 
 
 @torch.no_grad()
 def momentum_update(query_encoder, key_encoder, momentum):
-    """key <- momentum * key + (1 - momentum) * query, in place, for parameters only.
+    """key <- momentum * key + (1 - momentum) * query, in place, for parameters only, paired by name.
 
-    BatchNorm statistics are not averaged: the key encoder gathers its own. `query_encoder` may be wrapped (DDP,
-    compile), as the order of parameters stays the same. momentum: in [0, 1).
+    BatchNorm statistics are not averaged: the key encoder gathers its own. Either encoder may be wrapped (DDP,
+    compile), and the query encoder may have more than the key encoder, such as a predictor. momentum: in [0, 1).
     One fused call: about 3 times as fast as a loop over the parameters on a CPU, and few launches on a GPU.
+    Raises ValueError for a parameter of the key encoder without a partner of its shape.
     Source: arXiv:1911.05722, equation 2.
     """
-    torch._foreach_lerp_(list(key_encoder.parameters()), list(query_encoder.parameters()), 1 - momentum)
+    keys, queries = parameters_by_name(key_encoder), parameters_by_name(query_encoder)
+    alone = [name for name, key in keys.items() if name not in queries or queries[name].shape != key.shape]
+    if alone:
+        raise ValueError(f"{alone[0]} of the key encoder has no partner of its shape in the query encoder")
+    torch._foreach_lerp_(list(keys.values()), [queries[name] for name in keys], 1 - momentum)
 
 
 def average_tensors(tensors, accelerator):
@@ -85,7 +258,7 @@ def average_tensors(tensors, accelerator):
 
 
 @torch.no_grad()
-def average_statistics(modules, accelerator):
+def average_batchnorm(modules, accelerator):
     """Replace BatchNorm's running statistics by their mean over processes, in place.
 
     Called after each step, this keeps the whole state of a run equal on every process, so that any of them can evaluate

@@ -47,6 +47,8 @@ def one_line_errors():
 
     Exit code 2, after Ctrl-C 130. Every process meets most mistakes, and one for each machine prints them.
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a file's name may have characters that a terminal lacks
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     message, code, alone = None, 2, True
     try:

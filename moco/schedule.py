@@ -38,6 +38,17 @@ def warmup_cosine_rate(base_lr, step, warmup, total):
     return base_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def rate_at(base_lr, step, steps_per_epoch, epochs, schedule, warmup_epochs=0):
+    """The learning rate of `step` (0-based) under a schedule of the papers, which are given in epochs.
+
+    schedule: "cosine" and "step" (divided by ten at 60 % and 80 % of the epochs) change once an epoch, as in MoCo's
+    code; "warmup-cosine" changes at every step, as in SimCLR's. Raises ValueError for another schedule.
+    """
+    if schedule == "warmup-cosine":
+        return warmup_cosine_rate(base_lr, step, warmup_epochs * steps_per_epoch, epochs * steps_per_epoch)
+    return learning_rate(base_lr, step // steps_per_epoch, epochs, schedule, (0.6 * epochs, 0.8 * epochs))
+
+
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose update of each weight is scaled by trust * |weight| / |gradient|.
 

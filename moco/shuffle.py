@@ -15,16 +15,16 @@ def shuffle_order(seed, step, batch_size):
     return torch.from_numpy(np.random.default_rng([*b"shuffle", seed, step]).permutation(batch_size))
 
 
-def exchange_rows(images, order, accelerator):
-    """Rows order[rank * n : (rank + 1) * n] of the global batch; this process holds n rows of it.
+def exchange_rows(images, shuffle, accelerator):
+    """Rows shuffle[rank * n : (rank + 1) * n] of the global batch; this process holds n rows of it.
 
     One all-to-all moves only the rows that change place; gathering would send every row to every process.
     Returns (n, C, H, W), channels-last.
     """
     world, rank, n = accelerator.num_processes, accelerator.process_index, len(images)
     if world == 1:
-        return images[order.to(images.device, non_blocking=True)]
-    wanted = order.view(world, n)  # wanted[r]: the rows that process r encodes
+        return images[shuffle.to(images.device, non_blocking=True)]
+    wanted = shuffle.view(world, n)  # wanted[r]: the rows that process r encodes
     owner = wanted // n
     sent = [wanted[r][owner[r] == rank] - rank * n for r in range(world)]
     pixels = images.permute(0, 2, 3, 1)  # a view without a copy when the images are channels-last
@@ -41,25 +41,25 @@ def exchange_rows(images, order, accelerator):
 
 
 @torch.no_grad()
-def encode_keys(key_encoder, images, order, micro_batch, accelerator):
+def encode_keys(key_encoder, images, shuffle, images_per_pass, accelerator):
     """Keys of the global batch, encoded in shuffled order over all processes.
 
-    images: this process's (N, 3, H, W). order: a permutation of the global batch, equal on all processes.
-    micro_batch: images in a forward pass.
+    images: this process's (N, 3, H, W). shuffle: a permutation of the global batch, equal on all processes.
+    images_per_pass: images in a forward pass.
     Returns all keys (global N, C) in sample order, L2-normalised, float32 (float64 from a float64 encoder).
     Raises ValueError if the sizes do not divide.
     Source: arXiv:1911.05722, section 3.3, with BatchNorm groups in the place of GPUs.
     """
     n, total = len(images), len(images) * accelerator.num_processes
-    if len(order) != total:
-        raise ValueError(f"order has {len(order)} entries for a global batch of {total}")
-    if n % micro_batch:
-        raise ValueError(f"{n} images per process are not divisible by micro_batch {micro_batch}")
+    if len(shuffle) != total:
+        raise ValueError(f"shuffle has {len(shuffle)} entries for a global batch of {total}")
+    if n % images_per_pass:
+        raise ValueError(f"{n} images per process are not divisible by images_per_pass {images_per_pass}")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     if half:
         images = images.to(half)  # as the first convolution will see them under autocast: half the bytes to exchange
-    shuffled = exchange_rows(images, order, accelerator)
+    shuffled = exchange_rows(images, shuffle, accelerator)
     with accelerator.autocast():
-        keys = torch.cat([key_encoder(group) for group in shuffled.split(micro_batch)])
+        keys = torch.cat([key_encoder(group) for group in shuffled.split(images_per_pass)])
     keys = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=1)
-    return accelerator.gather(keys)[order.argsort().to(keys.device, non_blocking=True)]
+    return accelerator.gather(keys)[shuffle.argsort().to(keys.device, non_blocking=True)]

@@ -14,9 +14,10 @@ from moco.augment import (
     AUGMENTATIONS,
     MEAN,
     STD,
-    ViewAugment,
-    augment_batch,
-    crop_pair,
+    V2,
+    augment,
+    augment_in_chunks,
+    cut_crops,
     normalize,
     random_crop_boxes,
     sample_params,
@@ -26,7 +27,7 @@ from moco.augment import (
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # places in `factors`, numbers in `order`
 
 
-def slow_view(image, recipe, factors, order, gray, sigma, flip):
+def slow_view(image, factors, order, gray, gray_first, sigma, flip, solarize):
     """One view, (S, S, 3) uint8, through torchvision's functions one at a time, in the recipe's order."""
 
     def jitter(x):
@@ -46,58 +47,64 @@ def slow_view(image, recipe, factors, order, gray, sigma, flip):
         return TF.rgb_to_grayscale(x, num_output_channels=3) if gray else x
 
     x = image.permute(2, 0, 1).float() / 255
-    x = jitter(grayscale(x)) if recipe == "v1" else grayscale(jitter(x))
+    x = jitter(grayscale(x)) if gray_first else grayscale(jitter(x))
     if sigma > 0:
         x = TF.gaussian_blur(x, 13 if x.shape[-1] <= 224 else 25, sigma.item() * x.shape[-1] / 224)
+    if solarize:
+        x = TF.solarize(x, 0.5)
     if flip:
         x = TF.hflip(x)
     return TF.normalize(x, MEAN, STD)
 
 
-def by_views(views, params, recipe):
-    return ViewAugment(recipe)(views, params)
+def by_views(crops, params):
+    return augment(crops, params, MEAN, STD)
 
 
-def by_batches(views, params, recipe):
+def by_batches(crops, params):
     """As on a GPU, here on the CPU."""
-    gray_first = AUGMENTATIONS[recipe]["gray_first"]
-    return [
-        normalize(augment_batch(views[:, i], {name: values[:, i] for name, values in params.items()}, gray_first))
-        for i in range(2)
-    ]
+    out = torch.empty(len(crops), *crops[0].shape)
+    augment_in_chunks(out, crops, params, MEAN, STD)
+    return out.permute(0, 1, 4, 2, 3)
 
 
-@pytest.mark.parametrize("augment", [by_views, by_batches])
-@pytest.mark.parametrize("recipe", AUGMENTATIONS)
+BYOL = V2 | {"jitter": (0.4, 0.4, 0.2, 0.1)}
+RECIPES = AUGMENTATIONS | {"byol": [BYOL | {"blur_p": 1.0}, BYOL | {"blur_p": 0.1, "solarize_p": 0.2}]}
+
+
+@pytest.mark.parametrize("make", [by_views, by_batches])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("size, n", [(32, 80), (224, 6), (448, 3)])
-def test_the_augmentation_equals_torchvision_per_sample(augment, recipe, size, n):
+def test_the_augmentation_equals_torchvision_per_sample(make, recipe, size, n):
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(n * 2, 3, 6, 6, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
     noisy = (smooth + 0.1 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
     views = (noisy * 255).byte().permute(0, 2, 3, 1).reshape(n, 2, size, size, 3)
     views[0, 0] = 77  # gray all over: no hue
-    params = sample_params(recipe, n, seed=3, step=9)
-    augmented = augment(views, params, recipe)
+    params = sample_params(RECIPES[recipe], n, seed=3, step=9)
+    augmented = make(list(views.unbind(1)), params)
     for i, view in itertools.product(range(n), range(2)):
-        expected = slow_view(views[i, view], recipe, **{name: values[i, view] for name, values in params.items()})
+        expected = slow_view(views[i, view], **{name: values[i, view] for name, values in params.items()})
         torch.testing.assert_close(augmented[view][i], expected, rtol=0, atol=1e-5 / min(STD))
 
 
 def test_views_come_back_as_channels_last_halves():
-    views = torch.randint(0, 256, (4, 2, 16, 16, 3), dtype=torch.uint8)
-    query_images, key_images = ViewAugment("v2")(views, sample_params("v2", 4, 0, 0))
+    crops = [torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8) for _ in range(2)]
+    query_images, key_images = augment(crops, sample_params(AUGMENTATIONS["v2"], 4, 0, 0), MEAN, STD)
     assert query_images.shape == key_images.shape == (4, 3, 16, 16)
     assert query_images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_process_sees_its_slice_of_the_global_batch():
-    views = torch.randint(0, 256, (6, 2, 16, 16, 3), dtype=torch.uint8)
-    params, augment = sample_params("v2", 6, seed=0, step=4), ViewAugment("v2")
-    whole = augment(views, params)
+    recipe = [V2, V2 | {"size": 0.5, "blur_p": 1.0}, V2]
+    crops = [torch.randint(0, 256, (6, size, size, 3), dtype=torch.uint8) for size in (16, 8, 16)]
+    whole = augment(crops, sample_params(recipe, 6, seed=0, step=4), MEAN, STD)
+    assert [view.shape[-1] for view in whole] == [16, 8, 16]
     for mine in (slice(0, 3), slice(3, 6)):
-        part = augment(views[mine], {name: values[mine] for name, values in params.items()})
-        for view in range(2):
+        params = sample_params(recipe, 6, seed=0, step=4, rows=mine)
+        part = augment([crop[mine] for crop in crops], params, MEAN, STD)
+        for view in range(3):
             assert part[view].equal(whole[view][mine])
 
 
@@ -112,7 +119,7 @@ def within(count, draws, probability):
 
 @pytest.mark.parametrize("recipe, jitter_p, blur_p", [("v1", 1.0, 0.0), ("v2", 0.8, 0.5), ("simclr", 0.8, 0.5)])
 def test_frequencies_are_the_papers(recipe, jitter_p, blur_p):
-    params = sample_params(recipe, DRAWS, seed=0, step=0)
+    params = sample_params(AUGMENTATIONS[recipe], DRAWS, seed=0, step=0)
     for view in range(2):
         jittered = (params["factors"][:, view] != torch.tensor([1.0, 1, 1, 0])).any(dim=1)
         assert within(jittered.sum().item(), DRAWS, jitter_p)
@@ -122,7 +129,7 @@ def test_frequencies_are_the_papers(recipe, jitter_p, blur_p):
 
 
 def test_every_operation_takes_every_place_and_all_24_orders_are_equally_likely():
-    orders = sample_params("v2", DRAWS, seed=1, step=0)["order"][:, 0]
+    orders = sample_params(AUGMENTATIONS["v2"], DRAWS, seed=1, step=0)["order"][:, 0]
     for operation, place in itertools.product(range(4), range(4)):
         assert within((orders[:, place] == operation).sum().item(), DRAWS, 1 / 4)
     _, counts = orders.unique(dim=0, return_counts=True)
@@ -130,7 +137,7 @@ def test_every_operation_takes_every_place_and_all_24_orders_are_equally_likely(
 
 
 def test_the_two_views_are_drawn_apart():
-    params = sample_params("v2", DRAWS, seed=2, step=0)
+    params = sample_params(AUGMENTATIONS["v2"], DRAWS, seed=2, step=0)
     for name, p in (("gray", 0.2), ("flip", 0.5)):
         both = (params[name][:, 0] & params[name][:, 1]).sum().item()
         assert within(both, DRAWS, p * p)
@@ -139,7 +146,7 @@ def test_the_two_views_are_drawn_apart():
 
 @pytest.mark.parametrize("recipe, hue", [("v1", 0.4), ("v2", 0.1)])
 def test_factors_are_uniform_in_their_ranges(recipe, hue):
-    params = sample_params(recipe, DRAWS, seed=4, step=0)
+    params = sample_params(AUGMENTATIONS[recipe], DRAWS, seed=4, step=0)
     factors = params["factors"][(params["factors"][..., 0] != 1)]
     for column, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-hue, hue)]):
         values = factors[:, column]
@@ -155,7 +162,7 @@ def test_factors_are_uniform_in_their_ranges(recipe, hue):
 
 
 def test_parameters_depend_on_seed_and_step_alone():
-    first, again, other = (sample_params("v2", 8, 5, step) for step in (3, 3, 4))
+    first, again, other = (sample_params(AUGMENTATIONS["v2"], 8, 5, step) for step in (3, 3, 4))
     assert all(first[name].equal(again[name]) for name in first)
     assert not first["factors"].equal(other["factors"])
 
@@ -200,15 +207,15 @@ def test_crops_are_within_one_level_of_pillows():
     rng = np.random.default_rng(0)
     image = np.asarray(Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).resize((500, 375)))
     boxes = random_crop_boxes(375, 500, rng)
-    crops = crop_pair(image.copy(), boxes, 224)
-    assert crops.shape == (2, 224, 224, 3) and crops.dtype == torch.uint8
+    crops = cut_crops(image.copy(), boxes, 224)
+    assert all(crop.shape == (224, 224, 3) and crop.dtype == torch.uint8 for crop in crops)
     for crop, (top, left, h, w) in zip(crops, boxes):
         box = (int(left), int(top), int(left + w), int(top + h))
         pillow = np.asarray(Image.fromarray(image).crop(box).resize((224, 224), Image.BILINEAR))
         assert np.abs(crop.numpy().astype(int) - pillow).max() <= 1
 
 
-def test_normalisation_is_imagenets():
+def test_normalisation_is_torchvisions():
     crops = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     expected = TF.normalize(crops.permute(0, 3, 1, 2) / 255, MEAN, STD)
-    torch.testing.assert_close(normalize(to_float(crops)), expected)
+    torch.testing.assert_close(normalize(to_float(crops), MEAN, STD), expected)

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from moco.backbone import convert, load_backbone, read_backbone, save_backbone, to_detectron2
+from moco.backbone import convert, load_backbone, save_backbone
+from moco.backbone.keys import to_detectron2
+from moco.backbone.load import read_backbone
 from moco.encoder import build_encoder
 from moco.errors import UserError
+from moco.run.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,8 @@ def saved(tmp_path_factory):
 
 
 def assert_same_weights(backbone, encoder):
-    weights = {key: value for key, value in encoder.state_dict().items() if not key.startswith("fc.")}
+    weights = getattr(encoder, "backbone", encoder).state_dict()
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     assert backbone.state_dict().keys() == weights.keys()
     assert all(value.equal(weights[key]) for key, value in backbone.state_dict().items())
 
@@ -91,16 +94,15 @@ def test_round_trips_are_bit_exact(tmp_path, stem, to, name):
     convert(tmp_path / "source", tmp_path / name, to)
     assert_same_weights(load_backbone(tmp_path / name)[0], encoder)
     convert(tmp_path / name, tmp_path / "back.safetensors", "torchvision")
-    backbone = build_encoder("resnet18", stem=stem)
-    backbone.fc = nn.Identity()
+    backbone = build_encoder("resnet18", stem=stem).backbone
     backbone.load_state_dict(load_file(tmp_path / "back.safetensors"))  # strict
     assert_same_weights(backbone, encoder)
 
 
 def test_the_momentum_encoder_on_request(tmp_path):
     query, key = build_encoder("resnet10"), build_encoder("resnet10")
-    state = {f"module.encoder_q.{name}": value for name, value in query.state_dict().items()}
-    state |= {f"module.encoder_k.{name}": value for name, value in key.state_dict().items()}
+    state = {f"module.encoder_q.{name}": value for name, value in query.backbone.state_dict().items()}
+    state |= {f"module.encoder_k.{name}": value for name, value in key.backbone.state_dict().items()}
     torch.save({"arch": "resnet10", "state_dict": state | {"module.queue": torch.ones(2, 2)}}, tmp_path / "m.pth.tar")
     assert_same_weights(load_backbone(tmp_path / "m.pth.tar")[0], query)
     assert_same_weights(load_backbone(tmp_path / "m.pth.tar", encoder="key")[0], key)
@@ -120,6 +122,137 @@ def test_random_is_a_function_of_the_seed():
     assert_same_weights(load_backbone("random", "resnet10", seed=3)[0], load_backbone("random", "resnet10", seed=3)[0])
     other = load_backbone("random", "resnet10", seed=4)[0].conv1.weight
     assert not other.equal(load_backbone("random", "resnet10", seed=3)[0].conv1.weight)
+
+
+# ---- files of other programs
+
+LIGHTLY = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+
+
+def under(prefix, weights, numbered=False):
+    def name(key):
+        part, rest = key.split(".", 1)
+        return f"{LIGHTLY[part]}.{rest}" if numbered else key
+
+    return {f"{prefix}{name(key)}": value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "backbone.", "encoder.", "encoder_q.", "module.encoder.", "module.base_encoder.", "_orig_mod."],
+)
+@pytest.mark.parametrize("numbered", [False, True])
+def test_a_backbone_is_found_below_any_prefix_beside_other_keys(tmp_path, capsys, prefix, numbered):
+    encoder = build_encoder("resnet18", stem="small")
+    others = {
+        "projector.0.weight": torch.ones(2, 2),
+        "module.queue": torch.ones(2),
+        f"{prefix}fc.weight": torch.ones(3),
+    }
+    weights = under(prefix, encoder.backbone.state_dict(), numbered) | others
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "w.pth")
+    backbone, known = load_backbone(tmp_path / "w.pth")
+    assert_same_weights(backbone, encoder)
+    assert known["arch"] == "resnet18"
+    said = capsys.readouterr().out
+    assert f"122 keys of a backbone below {prefix!r}" in said and "2 others are left out" in said
+
+
+def test_of_two_encoders_the_one_that_was_asked_for(tmp_path):
+    """As MoCo v3, lightly, DINO (whose two are dicts of their own) and an average of the weights have them."""
+    one, two = build_encoder("resnet10"), build_encoder("resnet10")
+    first, second = one.backbone.state_dict(), two.backbone.state_dict()
+    files = [
+        {"state_dict": under("module.base_encoder.", first) | under("module.momentum_encoder.", second)},
+        under("backbone.", first, True) | under("backbone_momentum.", second, True),
+        {"student": under("module.backbone.", first), "teacher": under("backbone.", second), "epoch": 1},
+        {"net": first, "net_ema": second},
+    ]
+    for content in files:
+        torch.save(content, tmp_path / "w.pth")
+        assert_same_weights(load_backbone(tmp_path / "w.pth")[0], one)
+        assert_same_weights(load_backbone(tmp_path / "w.pth", encoder="key")[0], two)
+
+
+def test_of_several_the_one_that_an_architecture_fits_else_none(tmp_path):
+    one, two = (build_encoder("resnet10").backbone.state_dict() for _ in range(2))
+    part = {key: value for key, value in two.items() if not key.startswith("layer3")}
+    save_file(under("a.", one) | under("b.", part), tmp_path / "w.safetensors")
+    assert all(load_backbone(tmp_path / "w.safetensors")[0].state_dict()[key].equal(one[key]) for key in one)
+    save_file(under("a.", one) | under("b.", two), tmp_path / "w.safetensors")
+    assert "holds several backbones, below 'a.', 'b.'" in refusal(tmp_path / "w.safetensors")
+    save_file(under("a.", part), tmp_path / "w.safetensors")
+    assert "missing layer3.0.bn1" in refusal(tmp_path / "w.safetensors")
+    assert "holds no ResNet's query encoder but a.x" in refusal_of(tmp_path, {"a.x": torch.ones(1)})
+
+
+def refusal_of(folder, weights):
+    save_file(weights, folder / "w.safetensors")
+    return refusal(folder / "w.safetensors")
+
+
+def test_a_run_folder_from_before_an_encoder_had_two_parts(tmp_path):
+    """Without backbone/, as a run that was not finished leaves it."""
+    query, key = (torchvision.models.resnet18(num_classes=8) for _ in range(2))
+    tensors = {"query_encoder": query.state_dict(), "key_encoder": key.state_dict()}
+    save_checkpoint(tmp_path / "checkpoints", 3, tensors, {}, keep=1)
+    (tmp_path / "args.json").write_text(json.dumps({"arch": "resnet18", "image_size": 32}))
+    assert_same_weights(load_backbone(tmp_path)[0], query)
+    assert_same_weights(load_backbone(tmp_path, encoder="key")[0], key)
+
+
+# ---- models of timm
+
+TIMM = [("timm/vit_tiny_patch16_224", 3), ("timm/convnext_atto", 3), ("timm/convnext_atto", 6), ("resnet10", 6)]
+
+
+@pytest.mark.parametrize("arch, channels", TIMM)
+def test_models_of_timm_and_other_channels_load_back_everywhere(tmp_path, arch, channels, capsys):
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    encoder = build_encoder(arch, image_size=32, channels=channels).eval()
+    mean, std = [0.1] * channels, [0.3] * channels
+    save_backbone(tmp_path / "saved", encoder, arch, 32, "moco_v2", {"arch": arch}, mean, std)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [channels, 32, 32] and config["num_features"] == encoder.width
+    assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]) == (mean, std)
+    convert(tmp_path / "saved", tmp_path / "converted", "timm")
+    assert (tmp_path / "converted" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
+    images = torch.randn(2, channels, 32, 32)
+    with torch.no_grad():
+        expected = encoder.backbone(images)
+        for folder in (tmp_path / "saved", tmp_path / "converted"):
+            backbone, known = load_backbone(folder)
+            assert (known["arch"], known["channels"], known["image_size"]) == (arch, channels, 32)
+            assert backbone.eval()(images).equal(expected)
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
+        wrapped = transformers.AutoModel.from_pretrained(folder).eval()
+        torch.testing.assert_close(wrapped(images).pooler_output.flatten(1), expected, rtol=0, atol=1e-5)
+    assert "found" not in capsys.readouterr().out  # nothing to be told of a folder of ours
+
+
+def test_a_model_of_timm_in_the_file_of_another_program(tmp_path):
+    pytest.importorskip("timm")
+    encoder = build_encoder("timm/vit_tiny_patch16_224", image_size=32)
+    weights = under("encoder_q.", encoder.backbone.state_dict()) | {"encoder_q.head.weight": torch.ones(2, 2)}
+    save_file(weights, tmp_path / "w.safetensors")
+    arguments = {"arch": "timm/vit_tiny_patch16_224", "image_size": 32}
+    assert_same_weights(load_backbone(tmp_path / "w.safetensors", **arguments)[0], encoder)
+    assert "pos_embed is 1x5x192, not 1x197x192" in refusal(tmp_path / "w.safetensors", arch=arguments["arch"])
+    line = refusal(tmp_path / "w.safetensors", arch="timm/vit_small_patch16_224", image_size=32)
+    assert "does not fit --arch timm/vit_small_patch16_224" in line
+    save_file(weights | {"encoder_q.blocks.12.norm1.weight": torch.ones(192)}, tmp_path / "w.safetensors")
+    assert "unexpected blocks.12.norm1.weight" in refusal(tmp_path / "w.safetensors", **arguments)
+    assert "needs --arch timm/NAME" in refusal(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("to, name", [("torchvision", "r.safetensors"), ("detectron2", "r.pth"), ("moco", "r.pth.tar")])
+def test_a_model_of_timm_is_converted_to_timm_alone(tmp_path, to, name):
+    pytest.importorskip("timm")
+    encoder = build_encoder("timm/convnext_atto")
+    save_backbone(tmp_path / "saved", encoder, "timm/convnext_atto", 32, "m", {})
+    with pytest.raises(UserError, match=f"--to {to} is for ResNets .* is a timm/convnext_atto; use --to timm"):
+        convert(tmp_path / "saved", tmp_path / name, to)
 
 
 # ---- refused, in one line that names the keys

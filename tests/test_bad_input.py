@@ -369,8 +369,9 @@ def test_the_probe_needs_labels_and_enough_images(refuse_probe, folder, labelled
 
 
 def test_the_probe_refuses_weights_that_are_no_fitting_backbone(refuse_probe, labelled, tmp_path):
-    weights = build_encoder("resnet10").state_dict()
-    save_file({name: value for name, value in weights.items() if name.startswith("fc.")}, tmp_path / "h.safetensors")
+    encoder = build_encoder("resnet10")
+    weights = encoder.backbone.state_dict()
+    save_file(encoder.head.state_dict(prefix="fc."), tmp_path / "h.safetensors")
     assert "holds no ResNet" in refuse_probe("--data", labelled, "--backbone", tmp_path / "h.safetensors")
     save_file(weights, tmp_path / "w.safetensors")
     line = refuse_probe("--data", labelled, "--backbone", tmp_path / "w.safetensors", "--arch", "resnet18")
@@ -387,7 +388,7 @@ def test_the_probe_goes_on_only_with_what_it_was_begun_on(refuse_probe, labelled
     assert "has no complete checkpoint" in refuse_probe("--backbone", "random", "--evaluate")
     line = refuse_probe("--resume", output=finished_run)
     assert "holds a run of train_moco.py; name the folder of a linear_probe.py run" in line
-    weights = {name: value for name, value in build_encoder("resnet10").state_dict().items() if name[:3] != "fc."}
+    weights = build_encoder("resnet10").backbone.state_dict()
     save_file(weights, tmp_path / "w.safetensors")
     flags = ["--data", labelled, "--backbone", tmp_path / "w.safetensors"]
     output = tmp_path / "begun"

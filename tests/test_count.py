@@ -3,7 +3,6 @@
 benchmarks/count.py prints the counts themselves.
 """
 
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.count import augmentation, counted, half_a_step
+from moco.data.order import Order
 from moco.run.run import Run
 
 
@@ -44,12 +44,12 @@ def test_a_step_neither_waits_nor_blocks(fake, method):
 def test_a_steps_numbers_are_read_back_by_one_copy_that_does_not_block(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
     module, accelerator = nn.Linear(1, 1), Accelerator(cpu=True)
-    args = Namespace(output=tmp_path, resume=False, batch_size=4, checkpoint_every=4, keep=1)
-    run = Run(args, accelerator, {"module": module}, torch.optim.SGD(module.parameters(), 1.0), Images(8), 4)
+    model, optimizer = nn.ModuleDict({"module": module}), torch.optim.SGD(module.parameters(), 1.0)
+    run = Run(tmp_path, accelerator, model, optimizer, Images(8), Order(4, seed=0), total_steps=4, checkpoint_every=4)
     next(run.steps())
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss, accuracy = torch.empty((), device="cuda"), torch.empty((), device="cuda")
-        counts = counted(lambda: run.record([], loss=loss, accuracy=accuracy)).counts
+        counts = counted(lambda: run.record(loss=loss, accuracy=accuracy)).counts
     assert counts["copies to the host"] == 1 and counts["copies to the device"] == 1
     assert counts["copies that block"] == counts["waits"] == 0
 

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from moco.augment import crop_pair, random_crop_boxes
-from moco.data.batches import center_crop, center_crops, crop_generator, crop_pairs, train_batches
+from moco.augment import AUGMENTATIONS, MEAN, STD, cut_crops, random_crop_boxes
+from moco.data.batches import center_crop, center_crops, crop_generator
 from moco.data.decode import decode_crops, decode_image
 from moco.data.labels import has_labels
 from moco.data.load import IndexedImages, check_trainable, load_splits
 from moco.data.order import Order, batch_rows
+from moco.data.views import FastViews
 from moco.errors import UserError
 
 
@@ -37,6 +38,12 @@ def write_images(folder, n, **kwargs):
     for i in range(n):
         picture(i, **kwargs).save(folder / f"{i:03}.jpg")
     return folder
+
+
+def crop_pairs(images, size, rows, seed=0):
+    """Two crops of each of [(epoch, row), ...], (n, 2, size, size, 3), and the undecodable images."""
+    crops, _, undecodable = FastViews(AUGMENTATIONS["v2"], size, MEAN, STD).crops(images, seed)[rows, ()]
+    return torch.stack(crops, dim=1), undecodable
 
 
 def encoded(image, format, **options):
@@ -204,7 +211,7 @@ def test_an_epoch_holds_every_image_at_most_once_and_drops_another_tail_each_tim
 
 
 def draw(seed):
-    return lambda height, width: random_crop_boxes(height, width, np.random.default_rng(seed), least=0.5)
+    return lambda height, width: random_crop_boxes(height, width, np.random.default_rng(seed), [(0.5, 1)] * 2)
 
 
 @pytest.mark.parametrize("format, width", [("JPEG", 90), ("PNG", 500)])
@@ -213,8 +220,8 @@ def test_crops_are_those_of_the_whole_image(format, width):
     record = encoded(picture(0, height=80, width=width), format)
     image = decode_image(record)
     for seed in range(10):
-        expected = crop_pair(image, draw(seed)(*image.shape[:2]), 48)
-        assert decode_crops(record, draw(seed), 48).equal(expected)
+        expected = cut_crops(image, draw(seed)(*image.shape[:2]), 48)
+        assert all(map(torch.equal, decode_crops(record, draw(seed), 48), expected))
 
 
 @pytest.mark.parametrize("height, width", [(300, 401), (517, 1030)])
@@ -223,8 +230,8 @@ def test_a_large_jpeg_is_decoded_at_a_scale_that_hardly_shows(height, width):
     record = encoded(picture(0, height=height, width=width), "JPEG", quality=95)
     image = decode_image(record)
     for seed in range(10):
-        expected = crop_pair(image, draw(seed)(height, width), 32).float().permute(0, 3, 1, 2)
-        crops = decode_crops(record, draw(seed), 32).float().permute(0, 3, 1, 2)
+        expected = torch.stack(cut_crops(image, draw(seed)(height, width), 32)).float().permute(0, 3, 1, 2)
+        crops = torch.stack(decode_crops(record, draw(seed), 32)).float().permute(0, 3, 1, 2)
         assert not crops.equal(expected)  # by another way
         low, high = (-sign * F.max_pool2d(-sign * expected, 3, stride=1) for sign in (1, -1))
         inner = crops[..., 1:-1, 1:-1]
@@ -246,12 +253,12 @@ def images(tmp_path):
 
 
 def test_a_batch_holds_the_two_crops_of_each_image(images):
-    views, _, undecodable = crop_pairs(images, 16, seed=4)[[(0, 3), (2, 7)], ()]
+    views, undecodable = crop_pairs(images, 16, [(0, 3), (2, 7)], seed=4)
     assert views.shape == (2, 2, 16, 16, 3) and views.dtype == torch.uint8 and not undecodable
     for row, (epoch, index) in zip(views, [(0, 3), (2, 7)]):
         image = decode_image(images[index]["image"])
         boxes = random_crop_boxes(*image.shape[:2], crop_generator(4, epoch, index))
-        assert row.equal(crop_pair(image, boxes, 16)) and not row[0].equal(row[1])
+        assert row.equal(torch.stack(cut_crops(image, boxes, 16))) and not row[0].equal(row[1])
 
 
 def test_crops_depend_on_seed_epoch_and_image():
@@ -261,9 +268,9 @@ def test_crops_depend_on_seed_epoch_and_image():
 
 def test_workers_do_not_change_the_batches(images):
     def first(workers, start):
-        rows = images.training_rows(Order(4, 0, workers=workers), start)
-        batches = train_batches(images, 16, 0, "v2", rows, workers)
-        return [next(batches)[0] for _ in range(4)]
+        views = FastViews(AUGMENTATIONS["v2"], 16, MEAN, STD)
+        batches = views.batches(images, Order(4, 0, workers=workers), start)
+        return [torch.cat(next(batches)[0]) for _ in range(4)]
 
     plain = first(workers=0, start=0)
     assert all(a.equal(b) for a, b in zip(plain, first(workers=2, start=0)))
@@ -286,23 +293,23 @@ DAMAGE = {"empty": lambda b: b"", "text": lambda b: b"not an image", "truncated"
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_image_is_named_and_its_neighbour_takes_its_place(tmp_path, kind):
     images = damage(tmp_path, {"002.jpg": DAMAGE[kind]})
-    views, _, undecodable = crop_pairs(images, 16, seed=0)[[(0, 1), (0, 2)], ()]
+    views, undecodable = crop_pairs(images, 16, [(0, 1), (0, 2)])
     assert [name.endswith("002.jpg") for name, reason in undecodable] == [True]
     boxes = random_crop_boxes(30, 40, crop_generator(0, 0, 2))
-    assert views[1].equal(crop_pair(decode_image(images[3]["image"]), boxes, 16))
+    assert views[1].equal(torch.stack(cut_crops(decode_image(images[3]["image"]), boxes, 16)))
 
 
 def test_the_last_images_neighbour_is_the_first(tmp_path):
     images = damage(tmp_path, {"005.jpg": DAMAGE["text"], "000.jpg": DAMAGE["text"]})
-    (first, second), _, undecodable = crop_pairs(images, 16, seed=0)[[(0, 5), (0, 1)], ()]
+    (first, second), undecodable = crop_pairs(images, 16, [(0, 5), (0, 1)])
     assert [name[-7:] for name, _ in undecodable] == ["005.jpg"]
     boxes = random_crop_boxes(30, 40, crop_generator(0, 0, 5))
-    assert first.equal(crop_pair(decode_image(images[1]["image"]), boxes, 16)) and not first.equal(second)
+    assert first.equal(torch.stack(cut_crops(decode_image(images[1]["image"]), boxes, 16))) and not first.equal(second)
 
 
 def test_damaged_images_side_by_side_count_once_each(tmp_path):
     images = damage(tmp_path, {f"{i:03}.jpg": DAMAGE["empty"] for i in (1, 2, 3, 4)})
-    *_, undecodable = crop_pairs(images, 16, seed=0)[[(0, i) for i in range(6)], ()]
+    _, undecodable = crop_pairs(images, 16, [(0, i) for i in range(6)])
     assert [name[-7:] for name, _ in undecodable] == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
 
 
@@ -311,7 +318,7 @@ def test_structs_without_a_path_or_without_bytes_are_rows_like_others(tmp_path):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table({"image": [{"bytes": data}, None, {"bytes": None}]}), tmp_path / "data" / "train.parquet")
     images, _ = load_splits(str(tmp_path / "data"), image_column="image")
-    views, _, undecodable = crop_pairs(images, 16, seed=0)[[(0, 0), (0, 1), (0, 2)], ()]
+    views, undecodable = crop_pairs(images, 16, [(0, 0), (0, 1), (0, 2)])
     assert [name for name, _ in undecodable] == ["row 1", "row 2"] and views[2].float().std() > 0
     pq.write_table(pa.table({"image": [{"path": "a.jpg"}]}), tmp_path / "data" / "train.parquet")
     with pytest.raises(UserError, match="--image-column image of .* does not hold images"):
@@ -355,7 +362,7 @@ def test_a_row_without_an_image_is_an_undecodable_one(tmp_path, kind):
     rows.to_parquet(tmp_path / "parquet" / "train.parquet")
     rows.save_to_disk(tmp_path / "saved")
     images, _ = load_splits(str(tmp_path / kind))
-    views, _, undecodable = crop_pairs(images, 16, seed=0)[[(0, 0), (0, 1)], ()]
+    views, undecodable = crop_pairs(images, 16, [(0, 0), (0, 1)])
     assert undecodable == [("row 1", "ValueError: the row has no image")] and views.float().std() > 0
 
 
@@ -363,7 +370,7 @@ def test_in_evaluation_the_neighbour_brings_its_label(tmp_path):
     for name in ("cat", "dog"):
         write_images(tmp_path / "pets" / name, 1)
     (tmp_path / "pets" / "cat" / "000.jpg").write_bytes(b"")
-    crops, labels, undecodable = center_crops(load_splits(str(tmp_path / "pets"))[0], 16)[[(0, 0), (0, 1)], ()]
+    (crops,), labels, undecodable = center_crops(load_splits(str(tmp_path / "pets"))[0], 16)[[(0, 0), (0, 1)], ()]
     assert labels.tolist() == [1, 1] and crops[0].equal(crops[1]) and len(undecodable) == 1
 
 
@@ -384,4 +391,4 @@ def test_undecodable_data_is_refused_after_a_look_at_a_few_row_groups(tmp_path):
 def test_where_no_image_can_be_decoded_the_user_is_told(tmp_path):
     images = damage(tmp_path, {f"{i:03}.jpg": DAMAGE["text"] for i in range(6)})
     with pytest.raises(UserError, match="none of the .* images"):
-        crop_pairs(images, 16, seed=0)[[(0, 0)], ()]
+        crop_pairs(images, 16, [(0, 0)])

@@ -26,7 +26,8 @@ from two_processes import seen
 import detect_transfer
 from moco.backbone import load_backbone, save_backbone
 from moco.backbone.publish import prepare_folder
-from moco.detection.model import build_detector, precise_statistics
+from moco.detection.detect import precise_statistics
+from moco.detection.model import build_detector
 from moco.encoder import build_encoder
 from moco.errors import one_line_errors
 from moco.schedule import warmup_step_rate
@@ -239,7 +240,7 @@ def test_a_coco_folder_trains_masks_and_measures_both(tmp_path):
 @pytest.mark.parametrize("name, masks", [("voc", False), ("coco", True)])
 def test_golden_parameter_groups(golden, name, masks):
     numbers = json.loads((golden / "detection" / "schedule_resize.json").read_text())
-    detector = build_detector(build_encoder("resnet50"), 20, masks)
+    detector = build_detector(build_encoder("resnet50").backbone, 20, masks)
     optimizer = torch.optim.SGD(detect_transfer.parameter_groups(detector), 0.02, **detect_transfer.SGD)
     groups = [{key: group[key] for key in ("weight_decay", "momentum", "lr")} for group in optimizer.param_groups]
     counts = [len(group["params"]) for group in optimizer.param_groups]

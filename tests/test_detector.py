@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from moco.detection.model import build_detector, rescale
+from moco.detection.detect import rescale
+from moco.detection.model import build_detector
 
 ATOL = {"features": 1e-4, "boxes": 0.01, "scores": 1e-4}
 

@@ -20,11 +20,13 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
-from moco.backbone import read_backbone, read_config
+from moco.augment import AUGMENTATIONS, MEAN, STD
+from moco.backbone.load import read_backbone, read_config
 from moco.backbone.publish import read_results
-from moco.data.batches import center_crop, crop_pairs
+from moco.data.batches import center_crop
 from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, traits
 from moco.data.load import load_splits
+from moco.data.views import FastViews
 from moco.detection.data import image_size
 from moco.encoder import build_encoder
 from moco.errors import UserError
@@ -38,7 +40,7 @@ def record(data):
 
 
 def crops_of(data):
-    return decode_crops(record(data), lambda h, w: np.array([[0, 0, h, w]] * 2), 16)
+    return torch.stack(decode_crops(record(data), lambda h, w: np.array([[0, 0, h, w]] * 2), 16))
 
 
 # ---- programs and memory
@@ -69,7 +71,7 @@ def test_postscript_is_not_run_from_a_file_or_a_row(ghostscript, tmp_path, capsy
     rows.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / "rows" / "train.parquet")
     for folder in ("images", "rows"):
         images, _ = load_splits(str(tmp_path / folder))
-        *_, undecodable = crop_pairs(images, 16, seed=0)[[(0, 0), (0, 1)], ()]
+        *_, undecodable = FastViews(AUGMENTATIONS["v2"], 16, MEAN, STD).crops(images, seed=0)[[(0, 0), (0, 1)], ()]
         assert len(undecodable) == 1
     assert not ghostscript.exists()
     with pytest.raises(OSError):  # what this test protects from: Pillow by itself runs it
@@ -281,8 +283,7 @@ def test_400_damaged_json_files_are_read_or_refused_in_one_line(tmp_path):
 
 def test_100_damaged_weights_are_read_or_refused_in_one_line(tmp_path):
     rng = random.Random(2)
-    path, weights = tmp_path / "w.safetensors", build_encoder("resnet10").state_dict()
-    weights = {key: value for key, value in weights.items() if "fc." not in key}
+    path, weights = tmp_path / "w.safetensors", build_encoder("resnet10").backbone.state_dict()
     strange = [torch.tensor(1.0), torch.ones(3, dtype=torch.int64), torch.full((2, 2), torch.nan), torch.ones(0)]
     whole = save(weights)
     header = 8 + struct.unpack("<Q", whole[:8])[0]
@@ -304,7 +305,7 @@ def test_100_damaged_weights_are_read_or_refused_in_one_line(tmp_path):
     "key, value", [("conv1.weight", torch.inf), ("bn1.running_var", -1.0), ("bn1.bias", torch.nan)]
 )
 def test_weights_that_no_training_leaves_are_damaged(tmp_path, key, value):
-    weights = {name: v.clone() for name, v in build_encoder("resnet10").state_dict().items() if "fc." not in name}
+    weights = {name: v.clone() for name, v in build_encoder("resnet10").backbone.state_dict().items()}
     weights[key].view(-1)[0] = value
     (tmp_path / "w.safetensors").write_bytes(save(weights))
     with pytest.raises(UserError, match=f"w.safetensors holds damaged weights, .*: {key}"):

@@ -14,13 +14,16 @@ import time
 from collections import Counter
 
 import pytest
+import torch
 from conftest import write_parquet
 from hub import TOKEN, serving
 
-from moco.data.batches import stop_workers, train_batches
+from moco.augment import AUGMENTATIONS, MEAN, STD
+from moco.data.batches import stop_workers
 from moco.data.hub import Traffic, read_range
 from moco.data.order import Order
 from moco.data.parquet import ParquetImages, read_footer
+from moco.data.views import FastViews
 from moco.errors import UserError
 
 FILES, FORK = 24, multiprocessing.get_context("fork")
@@ -52,11 +55,11 @@ def read_epochs(paths, rank, epochs, both, send):
     traffic = Traffic()
     # By no pool of threads: one that still ends while workers fork could leave them a lock of OpenSSL's locked.
     images = ParquetImages(paths, [read_footer(paths[0], traffic)] * FILES, "image", "label", traffic)
-    rows = itertools.islice(images.training_rows(Order(24, 0, rank, 2, 4, 10), 0), epochs * 20)
+    batches = FastViews(AUGMENTATIONS["v2"], 16, MEAN, STD).batches(images, Order(24, 0, rank, 2, 4, 10), 0)
     digest = hashlib.sha256()
     try:
-        for views, *_ in train_batches(images, 16, 0, "v2", rows, 4):
-            digest.update(views.numpy().tobytes())
+        for crops, *_ in itertools.islice(batches, epochs * 20):
+            digest.update(torch.stack(crops).numpy().tobytes())
     finally:
         stop_workers()  # they ignore the first signal to end
     send.send((digest.hexdigest(), dict(zip(Traffic.NAMES, traffic.totals(), strict=True))))

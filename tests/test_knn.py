@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from moco.augment import normalize, to_float
+from moco.augment import MEAN, STD, normalize, to_float
 from moco.backbone import load_backbone
 from moco.backbone.features import Features, knn_monitor
 from moco.data.batches import center_crop
@@ -73,22 +73,23 @@ def test_features_are_the_pooled_ones_in_the_order_of_the_rows():
     train_set, _ = load_splits("shapes")
     backbone = load_backbone("random", "resnet10")[0].eval()
     rows = [5, 3, 300, 5]
-    features, labels, undecodable = Features(backbone, 32, 0, Accelerator(cpu=True)).all(train_set, rows)
+    features, labels, undecodable = Features(backbone, 32, MEAN, STD, 0, Accelerator(cpu=True)).all(train_set, rows)
     assert features.shape == (4, 512) and features[0].equal(features[3]) and not undecodable
     assert labels.tolist() == [train_set[row]["label"] for row in rows]
     crop = center_crop(decode_image(train_set[3]["image"]), 32)
-    torch.testing.assert_close(features[1], backbone(normalize(to_float(crop[None])))[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features[1], backbone(normalize(to_float(crop[None]), MEAN, STD))[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     train_set, _ = load_splits("shapes")
     few = IndexedImages(train_set.dataset.select(range(100)))
     encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
-    accuracy, undecodable, images = knn_monitor(encoder, few, None, 32, 0, accelerator)
+    accuracy, undecodable, images = knn_monitor(encoder, few, None, 32, MEAN, STD, 0, accelerator)
     assert images == 100 and not undecodable
-    assert encoder.training and isinstance(encoder.fc, torch.nn.Sequential)  # as it was
-    encoder.eval().fc = torch.nn.Identity()
+    assert encoder.training and isinstance(encoder.head, torch.nn.Sequential)  # as it was
     sample = few.sample(100)
-    features, labels, _ = Features(encoder, 32, 0, accelerator).all(few, sample)
+    features, labels, _ = Features(encoder.backbone.eval(), 32, MEAN, STD, 0, accelerator).all(few, sample)
     predicted = knn_predict(features[:20], features[20:], labels[20:], len(CLASSES), k=default_k(80)).argmax(dim=1)
     assert accuracy == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())

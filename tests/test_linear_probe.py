@@ -237,8 +237,8 @@ def test_more_than_five_percent_undecodable_is_an_error_wherever_images_are_read
 
 def test_a_sigterm_after_the_last_step_ends_the_process():
     """Everything is saved by then; to go on with an evaluation that may take hours would ignore it."""
-    code = "import signal; from moco.run.launch import *; came = catch_signals(); signal.raise_signal(signal.SIGTERM);"
-    done = run_script("-c", f"{code} print(len(came), flush=True); release_signals(came); print('went on')")
+    code = "import signal; from moco.run.launch import *; catch_signals(); signal.raise_signal(signal.SIGTERM);"
+    done = run_script("-c", f"{code} print(len(CAUGHT), flush=True); release_signals(); print('went on')")
     assert done.stdout == "1\n" and done.returncode == -signal.SIGTERM
-    done = run_script("-c", "from moco.run.launch import *; release_signals(catch_signals()); print('went on')")
+    done = run_script("-c", "from moco.run.launch import *; catch_signals(); release_signals(); print('went on')")
     assert done.stdout == "went on\n" and done.returncode == 0

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 
 import huggingface_hub
 import pytest
@@ -16,10 +17,11 @@ from hub import TOKEN, serving
 from safetensors.torch import load_file
 
 from moco.backbone import load_backbone, save_backbone
-from moco.backbone.publish import check_push, push_backbone
+from moco.backbone.publish import push_backbone
 from moco.encoder import build_encoder
 from moco.errors import UserError
 from moco.run.checkpoint import weights_digest
+from moco.run.flags import check_push
 
 SETTINGS = {"recipe": "v2", "arch": "resnet10", "data": "shapes", "lr": 0.03, "versions": {"torch": "2.99"}}
 
@@ -57,14 +59,15 @@ def test_a_push_sends_the_backbone_and_its_card_and_nothing_else(run, hub, capfd
         assert sent[name].read_bytes() == (run / "backbone" / name).read_bytes()
     card = sent["README.md"].read_text()
     front = front_matter(card)
-    assert (front.library_name, front.pipeline_tag, front.license) == ("timm", "image-feature-extraction", "mit")
+    assert (front.library_name, front.pipeline_tag, front.license) == ("timm", "image-feature-extraction", None)
     assert {"timm", "transformers", "moco"} <= set(front.tags)
     assert "Not evaluated." in card and "| lr | 0.03 |" in card and "![loss" in card
     assert 'timm.create_model("hf-hub:user/first", pretrained=True)' in card
     output = capfd.readouterr()
     assert not any(TOKEN in text for text in (output.out, output.err, card, sent["config.json"].read_text()))
     push_backbone(run, "user/first")  # again, into a repository that is there
-    push_backbone(run, "user/public")
+    push_backbone(run, "user/public", license="apache-2.0")
+    assert front_matter(hub.files("models", "user/public")["README.md"].read_text()).license == "apache-2.0"
     with pytest.raises(UserError, match="there already, and public"):
         push_backbone(run, "user/public", private=True)
 
@@ -114,11 +117,11 @@ def test_results_come_into_the_card_only_for_the_weights_they_were_measured_on(r
         assert ([r.metric_value for r in front_matter(card).eval_results or []] == [81.25, 70.5]) == shown
 
 
-def test_imported_weights_carry_no_licence_of_ours(tmp_path, hub):
+def test_the_card_of_imported_weights_does_not_claim_their_training(tmp_path, hub):
     save_backbone(tmp_path / "timm", build_encoder("resnet10"), "resnet10", 224, "moco", {"arch": "resnet10"})
     push_backbone(tmp_path / "timm", "user/imported")
     card = hub.files("models", "user/imported")["README.md"].read_text()
-    assert front_matter(card).license == "other" and "how they were trained is not recorded" in card
+    assert "how they were trained is not recorded" in card
 
 
 def test_a_recipe_that_is_added_to_the_script_is_named_on_the_card(tmp_path, hub):
@@ -127,6 +130,50 @@ def test_a_recipe_that_is_added_to_the_script_is_named_on_the_card(tmp_path, hub
     )
     push_backbone(tmp_path / "b", "user/mine")
     assert "recipe mine of train_moco.py" in hub.files("models", "user/mine")["README.md"].read_text()
+
+
+# ---- loaded back before anything is sent
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= changes.pop("pretrained_cfg", {})
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "timm/vit_tiny_patch16_224"])
+def test_what_timm_would_load_otherwise_is_not_sent(tmp_path, hub, arch):
+    pytest.importorskip("timm")
+    encoder = build_encoder(arch, image_size=32)
+    settings = {"arch": arch}
+    save_backbone(tmp_path / "b", encoder, arch, 32, "moco", settings)
+    push_backbone(tmp_path / "b", "user/good")
+    damage = {
+        "resnet10": {"model_args": {"layers": [1, 1, 1, 1], "act_layer": "silu"}},  # loads, and computes something else
+        "timm/vit_tiny_patch16_224": {"model_args": {"img_size": 32, "global_pool": "avg"}},
+    }
+    edit_config(tmp_path / "b", **damage[arch])
+    assert "its features of the same images differ; nothing was sent" in refusal(
+        push_backbone, tmp_path / "b", "user/b"
+    )
+    edit_config(tmp_path / "b", architecture="resnet19")
+    assert "timm does not load" in refusal(push_backbone, tmp_path / "b", "user/b")
+    edit_config(tmp_path / "b", architecture="resnet18", num_features=7)
+    assert "not of width 7" in refusal(push_backbone, tmp_path / "b", "user/b")
+    assert "user/b" not in hub.created
+
+
+def test_without_timm_the_line_says_who_loaded_it_back(run, hub, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    push_backbone(run, "user/first")
+    assert "loads back by load_backbone; timm, which its card names, is not installed" in capsys.readouterr().out
+
+
+def test_a_small_stem_is_known_by_its_weights(tmp_path, hub):
+    """Imported weights come without settings, and the card would name libraries that do not load them."""
+    save_backbone(tmp_path / "b", build_encoder("resnet10", stem="small"), "resnet10", 32, "moco", {"arch": "resnet10"})
+    push_backbone(tmp_path / "b", "user/small")
+    assert "timm.create_model" not in hub.files("models", "user/small")["README.md"].read_text()
 
 
 # ---- what the Hub refuses

@@ -37,7 +37,7 @@ def test_a_recipe_that_is_added_is_what_it_says(monkeypatch):
     monkeypatch.setattr(train_moco, "RECIPES", train_moco.RECIPES | {"mine": mine})
     monkeypatch.setattr(sys, "argv", ["train_moco.py", "--recipe", "mine"])
     args = train_moco.parse_args()
-    assert args.end_to_end and (args.augment, args.optimizer, args.bn_batch) == ("v2", "lars", 256)
+    assert args.simclr and (args.augment, args.optimizer, args.bn_batch) == ("v2", "lars", 256)
 
 
 def test_a_flag_given_wins_over_the_recipe_and_the_built_in_datas_settings(monkeypatch):

@@ -7,7 +7,8 @@ from PIL import Image
 from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.detection.coco import encode_masks
 from moco.detection.data import objects
-from moco.run.pictures import annotated, save_detections, save_neighbours
+from moco.detection.pictures import annotated, save_detections
+from moco.run.pictures import save_neighbours
 
 
 def test_neighbours_of_another_class_alone_are_framed(tmp_path):

@@ -1,12 +1,10 @@
 """Run by itself, around a step of one weight; whole scripts are in test_train.py. pytest tests/test_run.py"""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import pytest
 import torch
@@ -14,19 +12,21 @@ from accelerate import Accelerator
 from conftest import ROOT, metrics_of, run_script
 from torch import nn
 
+from moco.data.order import Order
 from moco.errors import UserError
-from moco.jsonfile import write_json
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.run.launch import stoppable
 from moco.run.run import Run
 
 
 class Images:
-    """As many as `images`; what their order depends on is the order itself."""
+    """As many as `images`; their order depends on the number of workers, as a stream's does."""
 
     traffic = None
 
     def __init__(self, images, fingerprint="f"):
-        self.images, self.fingerprint, self.order_state = range(images), lambda: fingerprint, lambda order: order
+        self.images, self.fingerprint = range(images), lambda: fingerprint
+        self.order_state = lambda order: {"workers": order.workers}
 
     def __len__(self):
         return len(self.images)
@@ -41,13 +41,12 @@ def start(tmp_path):
         module = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(module.weight)
         optimizer = torch.optim.SGD(module.parameters(), 1.0, momentum=0.9)
-        args = {"output": tmp_path, "data": "numbers", "backbone": "none", "resume": False, "evaluate": False}
-        args = Namespace(**args, batch_size=8, checkpoint_every=4, keep=9)
-        for name in args.__dict__.keys() & options.keys():
-            setattr(args, name, options.pop(name))
         images = Images(options.pop("images", 40), options.pop("fingerprint", "f"))
-        total_steps = options.pop("total_steps", 10)
-        return Run(args, Accelerator(cpu=True), {"module": module}, optimizer, images, total_steps, **options)
+        order = Order(options.pop("batch_size", 8), seed=0, workers=options.pop("workers", 0))
+        options = {"total_steps": 10, "checkpoint_every": 4, "keep": 9} | options
+        settings = {"data": "numbers", "backbone": "none"}
+        model = nn.ModuleDict({"module": module})
+        return Run(tmp_path, Accelerator(cpu=True), model, optimizer, images, order, settings=settings, **options)
 
     yield make
     for number, handler in before.items():
@@ -57,7 +56,7 @@ def start(tmp_path):
 def take_step(run, loss=1.0):
     with torch.no_grad():
         run.modules["module"].weight += 1
-    run.record([], loss=torch.tensor(loss), accuracy=torch.tensor(50.0))
+    run.record(loss=torch.tensor(loss), accuracy=torch.tensor(50.0))
 
 
 def weight_in(checkpoint):
@@ -149,11 +148,11 @@ def test_a_signal_stops_after_a_saved_step(start, tmp_path, capsys, number, code
 def test_a_second_ctrl_c_ends_at_once_unless_a_launcher_repeats_the_first():
     code = """if True:
         import signal, time
-        from moco.run.launch import catch_signals
-        caught = catch_signals()
+        from moco.run.launch import CAUGHT, catch_signals
+        catch_signals()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        print(len(caught), flush=True)
+        print(len(CAUGHT), flush=True)
         time.sleep(1.1)
         signal.raise_signal(signal.SIGINT)
         print("went on")"""
@@ -199,7 +198,7 @@ def test_time_beside_the_steps_is_logged(start, tmp_path):
         take_step(run)
         if run.due(5):
             line = run.averages()
-            with run.aside("knn"):
+            with run.paused_for("knn"):
                 torch.ones(1)
             run.log(line)
     first, second = read_metrics(tmp_path / "metrics.jsonl")
@@ -233,36 +232,88 @@ def test_other_data_or_another_backbone_is_refused(start):
 
 
 def test_another_order_resumes_at_the_start_of_the_epoch(start, capsys):
-    run = start(total_steps=7, order={"workers": 1})
+    run = start(total_steps=7, workers=1)
     for _ in run.steps():
         take_step(run)
-    assert start(resume=True, order={"workers": 1}).done == 7
-    assert start(resume=True, order={"workers": 2}).done == 5
+    assert start(resume=True, workers=1).done == 7
+    assert start(resume=True, workers=2).done == 5
     assert "not 7: processes, workers or window differ" in capsys.readouterr().out
 
 
-def test_a_run_begun_before_sums_were_saved_is_resumed(start, tmp_path):
-    """As commit 062b35c wrote them: totals in place of sums, no backbone where there is none, {} for no order."""
-    run = start(total_steps=4)
-    for _ in run.steps():
-        take_step(run)
-    path = tmp_path / "checkpoints" / "step_4" / "state.json"
-    state = json.loads(path.read_text())
-    for name in ("sums", "summed", "backbone_sha256", "data"):
-        del state[name]
-    write_json(path, state | {"totals": {"steps": 4, "loss": 4.0, "correct": 16.0}, "rows": {}})
-    run = start(resume=True)
-    for _ in run.steps():
-        take_step(run)
-        if run.due(5):
-            run.log(run.averages())
-    assert [line["loss"] for line in metrics_of(tmp_path)] == [1.0, 1.0]
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_signal_during_an_evaluation_saves_the_step_and_the_evaluation_is_made_again(start, tmp_path, capsys, at):
+    """An evaluation may take minutes, and a launcher kills its processes 30 seconds after a SIGTERM."""
+    looked_at = []
+
+    def evaluate(run, signalled):
+        with run.paused_for("knn"):
+            for batch in stoppable(range(4), run.accelerator):
+                looked_at.append(batch)
+                if signalled and batch == 1:
+                    signal.raise_signal(signal.SIGTERM)
+        return {"knn": 50.0}
+
+    run = start()
+    with pytest.raises(SystemExit) as stopped:
+        if at == 0:
+            evaluate(run, signalled=True)
+        for step in run.steps():
+            take_step(run, loss=float(step))
+            if run.due(5):
+                run.log(run.averages(lr=0.1) | evaluate(run, signalled=True))
+    assert stopped.value.code == 143 and looked_at == [0, 1] and metrics_of(tmp_path) == []
+    assert f"SIGTERM: stopped after step {at}, which is saved" in capsys.readouterr().err
+    resumed = start(resume=True)
+    assert resumed.done == at and resumed.unlogged["step"] == at
+    resumed.log(resumed.unlogged | evaluate(resumed, signalled=False))
+    line = metrics_of(tmp_path)[0]
+    assert looked_at == [0, 1, 0, 1, 2, 3] and line["knn"] == 50
+    if at:
+        assert (line["loss"], line["lr"]) == (2.0, 0.1)
 
 
 def test_undecodable_images_are_counted_by_epoch(start, tmp_path):
     run = start(images=400, batch_size=80)
+    batches = run.timed((step, [(f"{step}.jpg", "damaged")] if step in (1, 2, 6) else []) for step in range(10))
     for step in run.steps():
-        run.record([(f"{step}.jpg", "damaged")] if step in (1, 2, 6) else [], loss=torch.tensor(1.0))
+        assert next(batches) == step
+        run.record(loss=torch.tensor(1.0))
         if run.due(5):
             run.log(run.averages())
     assert [line["undecodable"] for line in metrics_of(tmp_path)] == [2, 1]
+
+
+def test_an_optimizer_of_what_would_not_be_saved_is_refused(tmp_path):
+    """Such as a predictor that an edit adds and forgets to hand over: it would be drawn anew on resume."""
+    encoder, predictor = nn.Linear(2, 3), nn.Linear(3, 5)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *predictor.parameters()], 0.1)
+    arguments = (optimizer, Images(40), Order(8, seed=0), 10)
+    with pytest.raises(UserError, match=r"trains 2 parameters, of shape 5x3, 5, .* \(encoder\).* lost on resume"):
+        Run(tmp_path, Accelerator(cpu=True), nn.ModuleDict({"encoder": encoder}), *arguments)
+    Run(tmp_path, Accelerator(cpu=True), nn.ModuleDict({"encoder": encoder, "predictor": predictor}), *arguments)
+
+
+def test_a_step_is_a_step_whatever_accelerate_reads_from_the_environment():
+    """Accelerate would divide every loss by this, and so every gradient."""
+    code = "from argparse import Namespace; from moco.run.launch import start_accelerator;"
+    code += "a = start_accelerator(Namespace(mixed_precision=None)); print(a.gradient_accumulation_steps)"
+    assert run_script("-c", code, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4").stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    "variable, value, what",
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed precision fp8"),
+    ],
+)
+def test_what_cuts_up_the_model_is_refused_before_anything_starts(variable, value, what):
+    done = run_script("train_moco.py", "--data", "shapes", **{variable: value})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and what in done.stderr
+
+
+def test_a_character_that_stdout_lacks_does_not_silence_what_follows():
+    code = "from moco.errors import one_line_errors\nwith one_line_errors(): print('Bär'); print('result')"
+    assert run_script("-c", code, PYTHONIOENCODING="ascii").stdout == "B\\xe4r\nresult\n"

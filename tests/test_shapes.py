@@ -113,7 +113,7 @@ def test_a_hue_tells_the_palette_after_the_shifts_of_v2_but_not_of_v1():
         angles = 2 * np.pi * found
         hue = np.arctan2(np.sin(angles).mean(), np.cos(angles).mean()) / (2 * np.pi)
         for recipe in right:
-            shift = rng.uniform(-1, 1) * AUGMENTATIONS[recipe]["jitter"][3]
+            shift = rng.uniform(-1, 1) * AUGMENTATIONS[recipe][0]["jitter"][3]
             right[recipe].append(nearest(hue + shift) == labels[0] % len(PALETTES))
     shares = {recipe: np.mean(hits) for recipe, hits in right.items()}
     assert len(right["v1"]) > 150 and shares["v2"] > 0.98 and shares["simclr"] > 0.95 and shares["v1"] < 0.75

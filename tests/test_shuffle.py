@@ -69,7 +69,7 @@ def test_bytes_that_processes_exchange_are_those_computed():
 
 def test_sizes_that_do_not_divide_are_refused():
     encoder, images, accelerator = nn.Flatten(), torch.zeros(6, 3, 2, 2), Accelerator(cpu=True)
-    with pytest.raises(ValueError, match="not divisible by micro_batch 4"):
+    with pytest.raises(ValueError, match="not divisible by images_per_pass 4"):
         encode_keys(encoder, images, torch.arange(6), 4, accelerator)
     with pytest.raises(ValueError, match="8 entries for a global batch of 6"):
         encode_keys(encoder, images, torch.arange(8), 2, accelerator)

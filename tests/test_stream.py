@@ -19,15 +19,17 @@ from accelerate import Accelerator
 from conftest import ROOT, run_script, write_parquet, write_three_files
 from hub import COMMIT, TOKEN, serving
 
+from moco.augment import AUGMENTATIONS, MEAN, STD
 from moco.backbone import load_backbone
 from moco.backbone.features import Features
-from moco.data.batches import ordered_rows, train_batches
+from moco.data.batches import ordered_rows
 from moco.data.hub import Traffic
 from moco.data.labels import count_classes
 from moco.data.load import IndexedImages, load_splits
 from moco.data.order import Order, stream_rows
 from moco.data.parquet import ParquetImages, read_footer, read_footers
 from moco.data.shapes import draw_scene, encode_jpeg
+from moco.data.views import FastViews
 from moco.errors import UserError
 from moco.run.checkpoint import read_metrics
 
@@ -105,9 +107,9 @@ def test_a_stream_holds_the_rows_of_the_files(parquet_folder):
 def test_streamed_pixels_do_not_depend_on_read_ahead_or_on_where_they_start(parquet_folder):
     def pixels(start, workers):
         images, _ = load_splits(str(parquet_folder))
-        rows = images.training_rows(Order(8, 0, workers=workers, window=20), start)
-        batches = train_batches(images, 16, 0, "v2", rows, workers)
-        return [next(batches)[0] for _ in range(start, 12)]
+        views = FastViews(AUGMENTATIONS["v2"], 16, MEAN, STD)
+        batches = views.batches(images, Order(8, 0, workers=workers, window=20), start)
+        return [torch.cat(next(batches)[0]) for _ in range(start, 12)]
 
     plain, later = pixels(0, workers=1), pixels(5, workers=1)
     assert all(one.equal(other) for one, other in zip(plain[5:], later, strict=True))
@@ -136,8 +138,8 @@ def test_features_of_a_stream_are_those_of_single_rows(parquet_folder, workers, 
     plain, _ = load_splits(str(tmp_path / "saved"))
     assert isinstance(plain, IndexedImages)
     backbone, rows = load_backbone("random", "resnet10")[0].eval(), [30, 31, 32, 5, 6, 70, 71]
-    features, labels, _ = Features(backbone, 32, workers, Accelerator(cpu=True)).all(images, rows)
-    expected, expected_labels, _ = Features(backbone, 32, 0, Accelerator(cpu=True)).all(plain, rows)
+    features, labels, _ = Features(backbone, 32, MEAN, STD, workers, Accelerator(cpu=True)).all(images, rows)
+    expected, expected_labels, _ = Features(backbone, 32, MEAN, STD, 0, Accelerator(cpu=True)).all(plain, rows)
     torch.testing.assert_close(features, expected)
     assert labels.equal(expected_labels)
 
@@ -353,7 +355,9 @@ def test_evaluation_asks_for_each_row_group_once(hub, parquet_folder, monkeypatc
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     images = ParquetImages(paths, read_footers(paths, Traffic()), "image", "label", Traffic())
     hub.reads.clear()
-    Features(load_backbone("random", "resnet10")[0].eval(), 32, 2, Accelerator(cpu=True)).all(images, range(75))
+    Features(load_backbone("random", "resnet10")[0].eval(), 32, MEAN, STD, 2, Accelerator(cpu=True)).all(
+        images, range(75)
+    )
     assert len(hub.reads) == len(set(hub.reads)) == 9 and len(hub.resolves()) == 3
 
 

@@ -39,6 +39,11 @@ def tiny_resnet(width, layers, dim, mlp, bn_batch=None):
     return encoder
 
 
+def reference_name(name):
+    """The reference's name of a parameter or buffer: there an encoder is a ResNet with the head as its `fc`."""
+    return name.removeprefix("backbone.").replace("head.", "fc.")
+
+
 def recipe_weights(shapes, base_seed):
     """Weights that are not stored but computed, see "Recipe for moco_v2_resnet18" of the golden numbers."""
     weights = {}
@@ -59,7 +64,7 @@ def initial_encoder(description, inputs, bn_batch):
     config = description["config"]
     if "full" in config:
         encoder = build_encoder(config["full"], config["dim"], "mlp" if config["mlp"] else "fc", bn_batch=bn_batch)
-        shapes = {name: tuple(value.shape) for name, value in encoder.named_parameters()}
+        shapes = {reference_name(name): tuple(value.shape) for name, value in encoder.named_parameters()}
         assert list(shapes) == description["param_names"]
         weights = recipe_weights(shapes, description["recipe"]["base_seed"])
         for name, check in description["recipe"]["checks"].items():
@@ -88,7 +93,7 @@ def run_trajectory(golden, name, dtype, bn_batch, accelerator, grouped=False):
     optimizer = torch.optim.SGD(
         query_encoder.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"]
     )
-    names = [name for name, _ in query_encoder.named_parameters()]
+    names = [reference_name(name) for name, _ in query_encoder.named_parameters()]
     outputs, logits = {}, []
 
     def keep_gradients(sgd, *_):
@@ -110,7 +115,7 @@ def run_trajectory(golden, name, dtype, bn_batch, accelerator, grouped=False):
         with patch.object(train_moco, "contrastive_logits", keep_logits):
             loss, accuracy = train_moco.moco_step(
                 query_encoder, key_encoder, queue, optimizer, views, inputs[f"step{step}.idx_shuffle"], accelerator,
-                temperature=config["T"], encoder_momentum=config["m"], micro_batch=n if grouped else bn_batch,
+                temperature=config["T"], encoder_momentum=config["m"], images_per_pass=n if grouped else bn_batch,
             )  # fmt: skip
         outputs |= {f"step{step}.loss": loss[None], f"step{step}.acc1": accuracy[None]}
         outputs[f"step{step}.logits"] = torch.cat(logits).detach()
@@ -118,10 +123,13 @@ def run_trajectory(golden, name, dtype, bn_batch, accelerator, grouped=False):
         outputs[f"step{step}.queue"] = queue.keys.T.clone().contiguous()
         outputs[f"step{step}.queue_ptr"] = queue.cursor.clone()[None]
         for which, encoder in (("q", bare_query_encoder), ("k", key_encoder)):
-            outputs[f"step{step}.encoder_{which}.bn1.running_mean"] = encoder.bn1.running_mean.clone()
-            outputs[f"step{step}.encoder_{which}.bn1.running_var"] = encoder.bn1.running_var.clone()
+            norm = getattr(encoder, "backbone", encoder).bn1
+            outputs[f"step{step}.encoder_{which}.bn1.running_mean"] = norm.running_mean.clone()
+            outputs[f"step{step}.encoder_{which}.bn1.running_var"] = norm.running_var.clone()
     for which, encoder in (("q", bare_query_encoder), ("k", key_encoder)):
-        outputs |= {f"final.encoder_{which}.{name}": value for name, value in encoder.state_dict().items()}
+        outputs |= {
+            f"final.encoder_{which}.{reference_name(name)}": value for name, value in encoder.state_dict().items()
+        }
     for name, parameter in zip(names, query_encoder.parameters()):
         outputs[f"final.momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
     return outputs

@@ -13,7 +13,8 @@ from torch import nn
 from moco.backbone import load_backbone
 from moco.data.shapes import draw_scene, encode_jpeg
 from moco.detection.data import SCENE_SIZE, DetectionImages, objects
-from moco.detection.model import build_detector, detect, precise_statistics
+from moco.detection.detect import detect, precise_statistics
+from moco.detection.model import build_detector
 
 
 def seen(accelerator):

@@ -9,7 +9,8 @@ python -m moco.backbone embed RUN --data FOLDER features.parquet
 import argparse
 from pathlib import Path
 
-from moco.backbone import FORMATS, convert, load_backbone
+from moco.backbone import convert, load_backbone
+from moco.backbone.convert import FORMATS
 from moco.backbone.embed import embed
 from moco.backbone.publish import push_backbone
 from moco.errors import one_line_errors
@@ -26,12 +27,13 @@ def parse_args():
     add("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
     add("target", metavar="TARGET", help="the file or folder to write")
     add("--to", choices=FORMATS, required=True, help="the program that is to read it")
-    add("--arch", help="a torchvision ResNet, or resnet10 [as SOURCE says]")
+    add("--arch", help="a torchvision ResNet, resnet10 or timm/NAME [as SOURCE says]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
     add = commands.add_parser("push", description=push_backbone.__doc__.split("\n\n")[0]).add_argument
     add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
     add("name", metavar="USER/NAME", help="the repository, created where it is not there")
     add("--private", action="store_true", help="create it for your eyes only")
+    add("--license", metavar="NAME", help="of the weights, such as mit; the card names none without it")
     add = commands.add_parser("embed", description="Write features of images to a parquet file, with a picture.")
     add.add_argument("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
     add.add_argument("--data", required=True, help="'shapes', a folder, or USER/NAME on the Hub")
@@ -48,7 +50,7 @@ def main():
         convert(args.source, args.target, args.to, args.arch, args.encoder)
         print(f"{args.source} is now {args.target}")
     else:
-        print(push_backbone(args.run, args.name, args.private))
+        print(push_backbone(args.run, args.name, args.private, args.license))
 
 
 if __name__ == "__main__":

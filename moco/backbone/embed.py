@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from moco.augment import MEAN, STD
 from moco.backbone.features import Features
 from moco.data.decode import name_of, name_undecodable, read_image
 from moco.data.load import load_splits
@@ -29,7 +30,8 @@ def embed(backbone, known, data, target, workers=2):
     backbone = backbone.eval().to(accelerator.device)
     images, _ = load_splits(data)
     rows, has_label, size = range(len(images)), "label" in images.column_names, known.get("image_size", 224)
-    features, _, failed = Features(backbone, size, workers, accelerator).all(images.without_labels(), rows)
+    mean, std = known.get("mean", MEAN), known.get("std", STD)
+    features, _, failed = Features(backbone, size, mean, std, workers, accelerator).all(images.without_labels(), rows)
     name_undecodable(failed, set(), accelerator, "the feature of its neighbour stands in its place")
     columns = {name: [] for name in ("file", *(["label"] if has_label else []))}
     for row in rows:  # once more, because an undecodable image keeps its own name and label

@@ -7,30 +7,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from torch import nn
 from tqdm import tqdm
 
-from moco.augment import normalize, to_float
+from moco.augment import MEAN, STD, normalize, to_float
 from moco.data.batches import center_crops, loader, ordered_rows
 from moco.encoder import feature_width
 from moco.errors import UserError
 from moco.jsonfile import reading_json, write_json
 from moco.knn import default_k, knn_evaluate
+from moco.run.launch import stoppable
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
+CPU_PIXELS = 2**20  # in such a pass on a CPU, so that a signal is heard within seconds
 MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most
 
 
 class Features:
     """Features of images under a frozen backbone, of which each process makes its share.
 
-    backbone: in eval mode, without a head. size: of the fixed crop of an image. workers: of a process.
+    backbone: in eval mode. size: of the fixed crop of an image. mean, std: of each channel, which it is normalised
+    with. workers: of a process.
     Beside features there are labels, and the undecodable images of this process's share as (name, reason).
     """
 
-    def __init__(self, backbone, size, workers, accelerator):
+    def __init__(self, backbone, size, mean, std, workers, accelerator):
         self.backbone, self.size, self.workers, self.accelerator = backbone, size, workers, accelerator
-        self.width, self.device = feature_width(backbone.state_dict()), accelerator.device
+        self.mean, self.std = mean, std
+        self.width, self.device = feature_width(backbone, size), accelerator.device
 
     def share(self, dataset, rows):
         """(position of the first, rows) that this process reads of `rows`, a sequence of int."""
@@ -43,14 +46,16 @@ class Features:
         Yields the position in `rows` of a batch's first row (batches come in the order in which workers read them),
         features (n, width) float32, labels (n,) and the undecodable images.
         """
-        order = ordered_rows(dataset, rows, FEATURE_BATCH, self.workers)
+        count = min(FEATURE_BATCH, max(1, CPU_PIXELS // self.size**2)) if self.device.type == "cpu" else FEATURE_BATCH
+        order = ordered_rows(dataset, rows, count, self.workers)
         items = [([(0, row) for row in batch], groups) for _, batch, groups in order]
         batches = loader(center_crops(dataset, self.size), items, self.workers)
         progress = tqdm(batches, "features", leave=False, disable=not self.accelerator.is_main_process)
-        for (first, batch, _), (crops, labels, failed) in zip(order, progress, strict=True):
+        for (first, batch, _), (crops, labels, failed) in zip(order, stoppable(progress, self.accelerator)):
             if len(batch):
+                images = to_float(crops[0].to(self.device, non_blocking=True))
                 with self.accelerator.autocast():
-                    pooled = self.backbone(normalize(to_float(crops.to(self.device, non_blocking=True))))
+                    pooled = self.backbone(normalize(images, self.mean, self.std))
                 yield first, pooled.float(), labels.to(self.device), failed
 
     def fill(self, out, dataset, rows):
@@ -90,6 +95,8 @@ class Features:
         Raises UserError if the disk is too full.
         """
         made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": self.size}
+        if (tuple(self.mean), tuple(self.std)) != (MEAN, STD):
+            made_of |= {"mean": list(self.mean), "std": list(self.std)}
         paths, done = [folder / "features.npy", folder / "labels.npy"], folder / "cache.json"
         if done.exists():
             with reading_json(done, "remove it, and the features are made again") as known:
@@ -122,15 +129,14 @@ class Features:
         return undecodable, count
 
 
-def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
+def knn_monitor(encoder, train_set, test_set, size, mean, std, workers, accelerator):
     """kNN accuracy in percent of test images or, without a test set, of training images held out of the bank.
 
-    encoder: a ResNet; a copy of it runs in eval mode without its head `fc`. It looks at a fixed sample of at most
+    encoder: its `.backbone` is copied, and the copy runs in eval mode. It looks at a fixed sample of at most
     MONITOR_BANK and MONITOR_QUERIES images, which is enough to follow training; linear_probe.py evaluates in full.
     Returns the accuracy, this process's undecodable images as (name, reason), and how many images were looked at.
     """
-    backbone = copy.deepcopy(encoder).eval()
-    backbone.fc = nn.Identity()
+    backbone = copy.deepcopy(encoder.backbone).eval()
     if test_set is None:
         held_out = min(MONITOR_QUERIES, max(1, len(train_set) // 5))
         sample = train_set.sample(MONITOR_BANK + held_out, held_out)
@@ -138,11 +144,8 @@ def knn_monitor(encoder, train_set, test_set, size, workers, accelerator):
     else:
         query_set = test_set.select_rows(test_set.sample(MONITOR_QUERIES))
         bank_set = train_set.select_rows(train_set.sample(MONITOR_BANK))
-    features, queries, rows = (
-        Features(backbone, size, workers, accelerator),
-        range(len(query_set)),
-        range(len(bank_set)),
-    )
+    queries, rows = range(len(query_set)), range(len(bank_set))
+    features = Features(backbone, size, mean, std, workers, accelerator)
     bank, bank_labels, failed = features.bank(bank_set, rows)
     asked, labels, failed_too = features.all(query_set, queries)
     classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1

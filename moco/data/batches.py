@@ -1,4 +1,4 @@
-"""Batches of uint8 crops, made by data workers from rows: which images of which epoch, and what to read ahead.
+"""Batches of crops, made by data workers from rows: which images of which epoch, and what to read ahead.
 
 Training batches are a function of (seed, step): step s takes its rows of the permutation of its epoch, and each image
 its crops from (seed, epoch, image). No state travels from one batch to the next, so a run resumes at any step with any
@@ -19,50 +19,54 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from moco.augment import AUGMENTATIONS, random_crop_boxes
+from moco.augment import random_crop_boxes
 from moco.data.decode import decode_crops, decode_image, read_image
+from moco.errors import UserError
 
 # ---- training batches
 
 
-def empty_batch(*shape):
-    """A uint8 tensor for a batch, allocated in shared memory in a data worker, which saves a copy."""
+def empty_batch(n, crop):
+    """A tensor for n crops like this one, allocated in shared memory in a data worker, which saves a copy."""
+    shape = (n, *crop.shape)
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collation does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+        return crop.new_empty(shape)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * crop.itemsize)  # as PyTorch's own collation does
+    return crop.new_empty(0).set_(storage, 0, shape)
 
 
 class Crops(Dataset):
     """Crops of each image of a batch, with its label.
 
-    cut: (record of an image, epoch, index) -> its crops (..., size, size, 3) uint8, of `shape`. labelled: whether to
-    read labels, which may be anything where nobody looks at them; otherwise they are 0.
-    Item ([(epoch, index), ...], row groups to read ahead) is (crops (n, *shape) uint8, labels (n,) int64, [(name,
-    reason) of undecodable images]); the neighbour that replaces an undecodable image brings its own label.
+    cut: (record of an image, epoch, index) -> a list of tensors, which may be the crops. finish: (what cut gave, epoch,
+    index) -> the crops, where an error is not that of a damaged image, or None. Each crop has the same size in every
+    image. labelled: whether to read labels, which may be anything where nobody looks at them; otherwise they are 0.
+    Item ([(epoch, index), ...], row groups to read ahead) is (a tensor (n, ...) for each crop, labels (n,) int64,
+    [(name, reason) of undecodable images]); the neighbour that replaces an undecodable image brings its own label.
     """
 
-    def __init__(self, dataset, cut, *shape, labelled=True):
-        self.dataset, self.cut, self.shape, self.labelled = dataset, cut, shape, labelled
+    def __init__(self, dataset, cut, finish=None, labelled=True):
+        self.dataset, self.cut, self.finish, self.labelled = dataset, cut, finish, labelled
 
     def __getitem__(self, item):
         rows, groups = item
         self.dataset.keep(groups)
-        crops = empty_batch(len(rows), *self.shape)
-        labels, undecodable = torch.zeros(len(rows), dtype=torch.long), []
+        batch, labels, undecodable = [], torch.zeros(len(rows), dtype=torch.long), []
         for i, (epoch, index) in enumerate(rows):
-            cut = partial(self.cut, epoch=epoch, index=index)
-            crops[i], values, failed = read_image(self.dataset, index, cut)
+            crops, values, failed = read_image(self.dataset, index, partial(self.cut, epoch=epoch, index=index))
+            crops = self.finish(crops, epoch, index) if self.finish else crops
+            batch = batch or [empty_batch(len(rows), crop) for crop in crops]
+            for whole, crop in zip(batch, crops, strict=True):
+                if crop.shape != whole.shape[1:]:
+                    raise UserError(
+                        f"row {index} has a crop of {list(crop.shape)}, others of {list(whole.shape[1:])}: all images"
+                        " need the same number of channels, and views must end with the same size"
+                    )
+                whole[i] = crop
             if self.labelled:
                 labels[i] = values.get("label", 0)
             undecodable += failed
-        return crops, labels, undecodable
-
-
-def crop_pairs(dataset, size, seed, least=0.2):
-    """Two random crops of each image. least: the smallest share of an image's area in a crop."""
-    cut = partial(random_pair, size=size, seed=seed, least=least)
-    return Crops(dataset, cut, 2, size, size, 3, labelled=False)
+        return batch, labels, undecodable
 
 
 def labelled_crops(dataset, size, seed):
@@ -70,34 +74,28 @@ def labelled_crops(dataset, size, seed):
 
     RandomResizedCrop of torchvision's default scale 0.08-1, wider than the encoders' 0.2-1, as in the reference.
     """
-    return Crops(dataset, partial(flipped_crop, size=size, seed=seed), size, size, 3)
+    return Crops(dataset, partial(flipped_crop, size=size, seed=seed))
 
 
 def center_crops(dataset, size):
     """Fixed crops for evaluation: short side resized to size * 256 / 224, then the centre, as the papers test."""
-    return Crops(dataset, partial(center_crop_of, size=size), size, size, 3)
-
-
-def random_pair(record, epoch, index, size, seed, least):
-    """Both crops of a record: of the image that was asked for, or of the neighbour in its place."""
-    rng = crop_generator(seed, epoch, index)
-    return decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, least), size)
+    return Crops(dataset, partial(center_crop_of, size=size))
 
 
 def flipped_crop(record, epoch, index, size, seed):
     rng = crop_generator(seed, epoch, index)
-    crop = decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, 0.08, 1), size)[0]
-    return crop.flip(1) if rng.random() < 0.5 else crop
+    (crop,) = decode_crops(record, lambda h, w: random_crop_boxes(h, w, rng, [(0.08, 1)]), size)
+    return [crop.flip(1) if rng.random() < 0.5 else crop]
 
 
 def center_crop_of(record, epoch, index, size):
-    return center_crop(decode_image(record), size)
+    return [center_crop(decode_image(record), size)]
 
 
 class CachedFeatures(Dataset):
     """Features that `Features.cache` wrote to a folder, read from disk as far as memory does not hold them.
 
-    Item [(epoch, index), ...] is (features (n, width) float16, labels (n,) int64, []): the same in every epoch.
+    Item [(epoch, index), ...] is ([features (n, width) float16], labels (n,) int64, []): the same in every epoch.
     """
 
     def __init__(self, folder):
@@ -105,17 +103,12 @@ class CachedFeatures(Dataset):
 
     def __getitem__(self, rows):
         indices = [index for _, index in rows]
-        return torch.from_numpy(self.features[indices]), torch.from_numpy(self.labels[indices]), []
+        return [torch.from_numpy(self.features[indices])], torch.from_numpy(self.labels[indices]), []
 
 
 def crop_generator(seed, epoch, index):
     """The source of the crops of one image in one epoch."""
     return np.random.default_rng([*b"crop", seed, epoch, index])
-
-
-def train_batches(dataset, size, seed, recipe, rows, workers):
-    """Endless batches of the images in `rows` (of `training_rows`); see Crops for what a batch is."""
-    return iter(loader(crop_pairs(dataset, size, seed, AUGMENTATIONS[recipe]["crop"]), rows, workers))
 
 
 def loader(dataset, items, workers):
@@ -180,7 +173,7 @@ THIN = 32  # times longer than wide; below that the whole image is resized, whic
 
 
 def center_crop(image, size):
-    """(H, W, 3) uint8 array -> (size, size, 3) uint8 tensor: the centre of the image resized to size * 256 / 224.
+    """(H, W, C) array -> (size, size, C) tensor of its type: the centre of the image resized to size * 256 / 224.
 
     Of a thin image only the middle is resized, so that memory follows the crop.
     """

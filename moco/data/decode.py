@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from moco.augment import crop_pair
+from moco.augment import cut_crops
 from moco.errors import UserError, first_line
 
 # The formats that Pillow may read. It knows many more, some by programs that an image could give orders to: it hands
@@ -31,13 +31,15 @@ PLUGINS_RAISE = (RuntimeError, EOFError, struct.error, IndexError, KeyError, Typ
 
 
 def decode_image(record):
-    """An encoded image, {"bytes", "path"}, of which one may be None -> (H, W, 3) uint8 array.
+    """An encoded image, {"bytes", "path"}, of which one may be None -> (H, W, 3) uint8 array; an array stays as it is.
 
     JPEGs are decoded by simplejpeg, bit for bit as by Pillow and faster; what it refuses (CMYK, damage) and every other
     format by Pillow. Gray, palette and 16-bit images become RGB of 8 bits; of 16 bits these are the highest, or those
     below record["bits"] if it is there. What is transparent shows white, as in a browser. Raises one of UNDECODABLE,
-    also for a row without an image.
+    also for a row without an image, or one that is such an error already.
     """
+    if isinstance(record, np.ndarray):
+        return record
     data = encoded_bytes(record)
     if data[:2] == JPEG:
         try:
@@ -48,22 +50,28 @@ def decode_image(record):
     try:
         with open_image(data) as image:
             check_size(image.height, image.width)
-            if image.mode == "F":
-                raise ValueError("pixels are floating-point numbers, of unknown range")
-            if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255; "I" may be less
-                gray = np.asarray(image)
-                bits = record.get("bits") or (16 if image.mode != "I" or gray.max() > 255 else 8)
-                gray = gray >> (bits - 8)
-                return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                return np.array(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return rgb_of(image, record.get("bits"))
     except PLUGINS_RAISE as error:
         raise OSError(first_line(error)) from error
 
 
+def rgb_of(image, bits=None):
+    """A Pillow image of any mode -> (H, W, 3) uint8 array. bits: of gray pixels that are stored in 16, if known."""
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, of unknown range")
+    if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255; "I" may be less
+        gray = np.asarray(image)
+        gray = gray >> ((bits or (16 if image.mode != "I" or gray.max() > 255 else 8)) - 8)
+        return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return np.array(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def encoded_bytes(record):
+    if isinstance(record, Exception):
+        raise record
     if record is None or (record["bytes"] is None and record["path"] is None):
         raise ValueError("the row has no image")
     return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
@@ -125,28 +133,33 @@ def check_size(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
-def decode_crops(record, draw_boxes, size):
-    """Crops of an encoded image, (views, size, size, 3) uint8; raises as `decode_image`.
+def decode_crops(record, draw_boxes, sizes):
+    """Crops of an image that `decode_image` takes: a list of (size, size, C) tensors; raises as that does.
 
-    draw_boxes: (height, width) -> boxes, (views, 4) int. A JPEG is decoded at a half, a quarter or an eighth of its
-    sides if every crop still has `size` pixels: in 60 % of the time for 1600 x 1200 pixels. Crops then begin at the
-    nearest of fewer pixels, and differ by about a level from those of the whole image.
+    draw_boxes: (height, width) -> boxes, (views, 4) int. sizes: the side of each crop, or one for all. A JPEG is
+    decoded at a half, a quarter or an eighth of its sides if every crop still has its size in pixels: in 60 % of the
+    time for 1600 x 1200 pixels. Crops then begin at the nearest of fewer pixels, and differ by about a level from those
+    of the whole image.
     """
+    if isinstance(record, np.ndarray):
+        return cut_crops(record, draw_boxes(*record.shape[:2]), sizes)
     data = encoded_bytes(record)
     if data[:2] == JPEG:
         with contextlib.suppress(ValueError):
             height, width = jpeg_size(data)
             boxes = draw_boxes(height, width)
-            factor = next((factor for factor in (8, 4, 2) if boxes[:, 2:].min() >= factor * size), 1)
+            room = (boxes[:, 2:].min(axis=1) / sizes).min()
+            factor = next((factor for factor in (8, 4, 2) if room >= factor), 1)
             if factor == 1:
-                return crop_pair(decode_jpeg(data), boxes, size)
+                return cut_crops(decode_jpeg(data), boxes, sizes)
             least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
             image = decode_jpeg(data, **least)
             ends = (boxes[:, :2] + boxes[:, 2:]) / factor
             starts, ends = np.rint(boxes[:, :2] / factor).astype(int), np.rint(ends).astype(int)
-            return crop_pair(image, np.concatenate([starts, np.minimum(ends, image.shape[:2]) - starts], axis=1), size)
+            boxes = np.concatenate([starts, np.minimum(ends, image.shape[:2]) - starts], axis=1)
+            return cut_crops(image, boxes, sizes)
     image = decode_image(record | {"bytes": data})
-    return crop_pair(image, draw_boxes(*image.shape[:2]), size)
+    return cut_crops(image, draw_boxes(*image.shape[:2]), sizes)
 
 
 # ---- what cannot be decoded
@@ -172,7 +185,8 @@ def read_image(rows, index, decode=decode_image):
 
 def name_of(values, row):
     """What to call a row in messages: its name, else its file, else its number."""
-    return values.get("name") or (values["image"] or {}).get("path") or f"row {row}"
+    path = values["image"].get("path") if isinstance(values["image"], dict) else None
+    return values.get("name") or path or f"row {row}"
 
 
 def check_undecodable(undecodable, images, data):

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from moco.data.arrays import ImageRows
 from moco.data.cache import RowGroupCache
 from moco.data.decode import UNDECODABLE, decode_image, name_of, traits
 from moco.data.find import find_splits
 from moco.data.hub import RESOLVES, WINDOW, Traffic, is_remote
-from moco.data.order import GroupedImages, batch_rows
 from moco.data.parquet import ParquetImages, features_of, read_footers
 from moco.errors import UserError, explained, first_line
 
@@ -27,16 +27,15 @@ STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
 # ---- rows that can be read one by one
 
 
-class IndexedImages(GroupedImages):
+class IndexedImages(ImageRows):
     """A Hugging Face dataset as a sequence of {"image": {"bytes", "path"}, "label"}, of which any row is cheap to read.
 
     It has the methods of `ParquetImages`, so that nothing else needs to know which of the two it reads.
     """
 
-    traffic = cache = None  # it is not streamed
+    channels, dtype = 3, np.dtype(np.uint8)  # as `decode_image` makes them
 
     def __init__(self, dataset, commit=None, bits=None):
-        super().__init__(np.ones(len(dataset)))
         self.commit, self.bits = commit, bits
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
 
@@ -47,6 +46,9 @@ class IndexedImages(GroupedImages):
     def without_labels(self):
         """The same images, and nothing else."""
         return IndexedImages(self.dataset.select_columns("image"), self.commit, self.bits)
+
+    def __len__(self):
+        return len(self.dataset)
 
     def __getitem__(self, row):
         values = self.dataset[row]
@@ -76,21 +78,6 @@ class IndexedImages(GroupedImages):
         column = self.dataset.select_columns("label").with_format("arrow")[:]["label"]  # at once, not row by row
         smallest, largest = pc.min_max(column).as_py().values() if pa.types.is_integer(column.type) else (None, None)
         return (-1, 0) if smallest is None else (-1 if column.null_count else smallest, largest)
-
-    def training_rows(self, order, start):
-        """Endless ([(epoch, row), ...], ()), a batch of one process each; see `batch_rows`."""
-        return ((rows, ()) for rows in batch_rows(len(self), order, start))
-
-    def order_state(self, order):
-        """What else the order of the rows depends on: nothing."""
-        return {}
-
-    def row_groups(self, rows):
-        """Nothing to read ahead."""
-        return []
-
-    def keep(self, groups):
-        """Nothing to keep."""
 
 
 def size_of(path):

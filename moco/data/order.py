@@ -33,15 +33,21 @@ class Order(NamedTuple):
         """Images of a process in a step."""
         return self.batch_size // self.world
 
+    @property
+    def own_rows(self):
+        """Which images of a step's batch are those of this process: a slice."""
+        return slice(self.rank * self.share, (self.rank + 1) * self.share)
+
 
 class GroupedImages:
     """A sequence of rows that lie in groups, each of which is read at once.
 
-    rows_in_group: how many rows each has; one where rows can be read one by one. A subclass has `select_rows`, which
-    makes a sequence of some rows alone. commit: USER/NAME@COMMIT of a dataset on the Hub, otherwise None. bits: of gray
-    pixels that are stored in 16 bits, if they have fewer, otherwise None.
+    rows_in_group: how many rows each has. A subclass has `select_rows`, which makes a sequence of some rows alone.
+    commit: USER/NAME@COMMIT of a dataset on the Hub, otherwise None. bits: of gray pixels that are stored in 16 bits,
+    if they have fewer, otherwise None.
     """
 
+    channels, dtype = 3, np.dtype(np.uint8)  # of a decoded image
     commit = bits = None
 
     def __init__(self, rows_in_group):

@@ -9,11 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import huggingface_hub
 from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from moco.backbone.publish import check_push
 from moco.data import shapes
-from moco.encoder import resnet_names
+from moco.encoder import check_arch
 from moco.errors import UserError, explained
 from moco.jsonfile import reading_json
 from moco.run.checkpoint import complete_checkpoints
@@ -49,6 +50,15 @@ def folder(text):
     return Path(text)
 
 
+def architecture(text):
+    """An argparse type: a name that `moco.encoder.build_encoder` knows."""
+    try:
+        check_arch(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def at_least(low):
     """An argparse type for integers of at least `low`."""
     return limited(int, lambda value: value >= low, f"at least {low}" if low else "0 or more")
@@ -57,6 +67,7 @@ def at_least(low):
 LARGEST = 1e9  # no rate, temperature or weight decay is anywhere near it
 positive = limited(float, lambda value: 0 < value <= LARGEST, f"a number above 0 and at most {LARGEST:g}")
 not_negative = limited(float, lambda value: 0 <= value <= LARGEST, f"a number from 0 to {LARGEST:g}")
+finite = limited(float, lambda value: abs(value) <= LARGEST, f"a number from -{LARGEST:g} to {LARGEST:g}")
 below_one = limited(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 seed = limited(int, lambda value: 0 <= value < 2**63, "at least 0 and below 2^63")
 
@@ -83,6 +94,13 @@ def add_data_flags(add):
     add_workers_flag(add)
 
 
+def add_pixel_flags(add):
+    """What images are normalised with, for `moco.data.arrays.normalization`."""
+    units = {"nargs": "+", "metavar": "V", "help": "of each channel [ImageNet's, or measured where these do not fit]"}
+    add("--mean", type=finite, **units)
+    add("--std", type=positive, **units)
+
+
 def data_options(args):
     """What `add_data_flags` and the user said about the data, as keyword arguments of `load_splits`.
 
@@ -105,12 +123,19 @@ def add_run_flags(add, checkpoint_every, log_every, default):
     add("--keep", type=at_least(1), metavar="N", default=2, help="checkpoints to keep")
     add("--log-every", **often, default=log_every, help="between lines of metrics.jsonl")
     add("--push-to-hub", metavar="USER/NAME", help="publish the backbone at the end, with what was measured")
+    add("--license", metavar="NAME", help="of the published weights, such as mit; the card names none without it")
+
+
+def run_options(args):
+    """What `add_run_flags` and the user said about the run, as keyword arguments of `moco.run.run.Run`."""
+    names = ("checkpoint_every", "keep", "resume", "evaluate")
+    return {"settings": vars(args)} | {name: getattr(args, name) for name in names if name in args}
 
 
 def add_backbone_flags(add):
     """Where a backbone comes from, for `moco.backbone.load_backbone`."""
     add("--backbone", metavar="SOURCE", help=BACKBONE_HELP)
-    add("--arch", choices=resnet_names(), metavar="ARCH", help="[as the backbone says; random: resnet50]")
+    add("--arch", type=architecture, metavar="ARCH", help="or timm/NAME [as the backbone says; random: resnet50]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder")
 
 
@@ -143,8 +168,8 @@ def flag_parser(usage, description):
     return parser
 
 
-def given_flags(parser):
-    """The flags as given so far, for defaults that depend on them; --help is left for the final parse."""
+def parse_early(parser):
+    """The flags with the defaults so far, because other defaults depend on them; --help waits for the final parse."""
     return parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
 
 
@@ -211,6 +236,8 @@ def check_output(args):
     that this one does not continue; and if the user may not push to the Hub, but wants to in the end.
     """
     output, data = args.output, args.data
+    if args.license and not args.push_to_hub:
+        raise UserError(f"--license {args.license} is for --push-to-hub, which is missing: add it, or leave this out")
     if args.push_to_hub and PartialState().is_main_process:
         check_push(args.push_to_hub)
     if Path(data).is_dir():
@@ -262,8 +289,23 @@ def check_memory(needs):
             raise UserError(f"{what} would take {size / 1e9:.3g} GB, this machine has {memory / 1e9:.3g}; lower it")
 
 
-def check_batch(batch_size, processes, part_flag, part):
-    """Raise UserError unless the batch divides into parts of --part-flag `part` images on each process."""
+def check_push(name):
+    """Raise UserError before a run whose push to `name` at its end could not succeed without a login."""
+    later = "`hf auth login`, or leave the flag out and `python -m moco.backbone push` when the run is done"
+    with (
+        explained(f"--push-to-hub {name}: the Hub refuses your login or cannot be reached", later),
+        explained(
+            f"--push-to-hub {name}", "name USER/NAME, and `hf auth login`", HFValidationError, LocalTokenNotFoundError
+        ),
+    ):
+        huggingface_hub.utils.validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("it lacks the user or organisation")
+        huggingface_hub.HfApi().whoami()
+
+
+def check_batch(batch_size, processes, part_flag=None, part=1):
+    """Raise UserError unless the batch divides into processes, and there into parts of --part-flag `part` images."""
     unit = processes * part
     if batch_size % unit:
         below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit

@@ -14,12 +14,27 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import GradientAccumulationPlugin
 
 from moco.errors import UserError
 
 # How long a process waits for the others. In a step one of them may retry the Hub for 25 minutes (moco/data/hub.py);
 # downloads and evaluations take longer.
 STEP_PATIENCE, LONG_PATIENCE = timedelta(minutes=40), timedelta(hours=3)
+CAUGHT = []  # signals that asked this process to stop, since `catch_signals`
+# What `accelerate launch` can ask for that cuts up the model, and with it the modules that a run saves.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}  # fmt: skip
+
+
+class Stopped(Exception):
+    """A signal ended an evaluation between two of its batches, on all processes. `number` is the signal's."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
 
 
 def start_accelerator(args, **options):
@@ -30,6 +45,14 @@ def start_accelerator(args, **options):
     # Not every torch that this supports has the flag's successor.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated")  # Accelerate's call
+    for variable, name in SHARDING.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(f"{variable} asks for {name}, which is not supported; launch plain processes, as with DDP")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and args.mixed_precision is None:
+        raise UserError("mixed precision fp8 is not supported; use bf16, fp16 or no")
+    # A step is a step: the steps average over micro-batches themselves. Without the plugin Accelerate would divide the
+    # loss by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
+    options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONG_PATIENCE)]
     accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers, **options)
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device.type
@@ -53,15 +76,19 @@ def core_count():
 
 
 def device_in_words(workers):
-    """What a process runs on, for the settings that are printed at the start; on a busy CPU with advice."""
+    """What a process runs on, for the settings that are printed at the start."""
     device = PartialState().device
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {workers} data workers a process"
-    words = f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers a process"
-    load = os.getloadavg()[0]
-    if torch.get_num_threads() > max(1, core_count() - load + 0.5):
-        words += f"; the machine is busy (load {load:.1f}): OMP_NUM_THREADS=1 may be faster"
-    return words
+    return f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers a process"
+
+
+def optimizer_in_words(optimizer):
+    """The class and the settings of an optimizer as it runs, without its learning rate, which a schedule sets."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # as Accelerate wraps it
+    shown = {name: value for name, value in optimizer.defaults.items() if name != "lr" and value not in (None, False)}
+    words = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items()]
+    return f"{type(optimizer).__name__} with " + ", ".join(words)
 
 
 def threads_were_chosen():
@@ -84,32 +111,47 @@ def set_patience(timeout):
 
 
 def catch_signals():
-    """A list that collects SIGTERM and Ctrl-C from now on, instead of ending the process. A second Ctrl-C ends it.
+    """Collect SIGTERM and Ctrl-C in CAUGHT from now on, instead of ending the process. A second Ctrl-C ends it.
 
     Launchers pass a Ctrl-C on to processes that had it from the terminal already: one within a second is the same.
     """
-    caught, first = [], time.monotonic()
+    CAUGHT.clear()
+    first = time.monotonic()
 
     def handle(number, frame):
         nonlocal first
-        if number == signal.SIGINT and number in caught and time.monotonic() - first > 1:
+        if number == signal.SIGINT and number in CAUGHT and time.monotonic() - first > 1:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
-        first = time.monotonic() if number not in caught else first
-        caught.append(number)
+        first = time.monotonic() if number not in CAUGHT else first
+        CAUGHT.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
-    return caught
 
 
-def release_signals(caught):
+def stoppable(batches, accelerator):
+    """The items of a sized iterable of an evaluation. Between two of them a signal to any process stops all of them.
+
+    Each process has items of its own; those with fewer keep in step with the others until all are done, by a number
+    that all exchange for each item. Raises Stopped.
+    """
+    items, device = iter(batches), accelerator.device
+    rounds = int(accelerator.gather(torch.tensor([len(batches)], device=device)).max())
+    for i in range(rounds):
+        if number := int(accelerator.gather(torch.tensor([max(CAUGHT, default=0)], device=device)).max()):
+            raise Stopped(number)
+        if i < len(batches):
+            yield next(items)
+
+
+def release_signals():
     """Let the signals end the process again, now that all is saved; one that came since the last step ends it now."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if caught:
-        signal.signal(caught[0], signal.SIG_DFL)
-        signal.raise_signal(caught[0])
+    if CAUGHT:
+        signal.signal(CAUGHT[0], signal.SIG_DFL)
+        signal.raise_signal(CAUGHT[0])
 
 
 def provenance(processes):

@@ -5,6 +5,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,16 @@ from moco.run.checkpoint import (
     save_checkpoint,
     trim_metrics,
 )
-from moco.run.launch import LONG_PATIENCE, STEP_PATIENCE, catch_signals, provenance, release_signals, set_patience
+from moco.run.launch import (
+    CAUGHT,
+    LONG_PATIENCE,
+    STEP_PATIENCE,
+    Stopped,
+    catch_signals,
+    provenance,
+    release_signals,
+    set_patience,
+)
 
 CHECKPOINT_SECONDS = 600  # a checkpoint is also due after so long, so that a slow run never starts from nothing
 
@@ -32,61 +42,72 @@ CHECKPOINT_SECONDS = 600  # a checkpoint is also due after so long, so that a sl
 class Run:
     """A run in its folder: where it stands, what it logs and saves, and when it stops.
 
-    run = Run(args, accelerator, modules, optimizer, train_set, total_steps, order=order)
+    model = nn.ModuleDict({"query_encoder": ..., "queue": ...})
+    run = Run(folder, accelerator, model, optimizer, train_set, order, total_steps)
     batches = run.timed(loader)
     for step in run.steps():
-        loss = ...                                  # one training step, whatever it is
-        run.record(failed, loss=loss)
+        loss = ...                                  # one training step on next(batches), whatever it is
+        run.record(loss=loss)
         if run.due(log_every):
-            run.log(run.averages() | {"lr": lr})
+            run.log(run.averages(lr=lr))
 
     All processes create one and call its methods together.
 
-    args: the script's flags, of which it takes output, data, batch_size, checkpoint_every, keep, resume and, if it is
-    there, evaluate. modules: {name: module} to save and load; every process must hold equal ones.
-    images: what is trained on, with a length, a `fingerprint()` and `traffic`, which counts what this process and its
-    data workers read, to be logged, or is None. If there are others, the run is not resumed.
-    order: in which they are trained on; if what it depends on differs, the run resumes at the start of its epoch.
-    steps_per_epoch: their number // batch_size unless given.
-    backbone_sha256: of the weights a probe or detector starts from; if they differ, the run is not resumed.
+    model: whatever is trained or must survive a restart, in submodules of their own. Each is saved in a file of its
+    name, and compared across processes before every checkpoint. Raises UserError if the optimizer trains a parameter
+    that is not in it, because that would be lost on resume.
+    images: what is trained on. It has a length, a `fingerprint()`, an `order_state(order)` and `traffic`, which counts
+    what is read from the Hub, or None. order: an Order. A run resumes only on the same images, and at the start of its
+    epoch if something else that their order depends on has changed.
+    settings: what the log is about, for args.json: the script's flags. The rest is of `flags.run_options`:
+    checkpoint_every: steps. keep: checkpoints. resume, evaluate: continue from the newest one, or only measure it.
+    steps_per_epoch: len(images) // batch_size unless given.
+    backbone_sha256: of the frozen weights that a probe or detector starts from; other ones are refused on resume.
     finite: whether weights must be finite to be saved; otherwise the run stops as diverged.
     """
 
     def __init__(
-        self, args, accelerator, modules, optimizer, images, total_steps, *, order=None, steps_per_epoch=None,
-        backbone_sha256=None, finite=True,
+        self, folder, accelerator, model, optimizer, images, order, total_steps, *, settings=None,
+        checkpoint_every=1000, keep=2, resume=False, evaluate=False, steps_per_epoch=None, backbone_sha256=None,
+        finite=True,
     ):  # fmt: skip
-        self.args, self.folder, self.evaluates = args, args.output, getattr(args, "evaluate", False)
-        self.accelerator, self.modules, self.optimizer, self.finite = accelerator, modules, optimizer, finite
-        self.steps_per_epoch = steps_per_epoch or len(images) // args.batch_size
-        rows = images.order_state(order) if order else None
-        self.origin = {"images": len(images), "data": images.fingerprint(), "rows": rows}
-        self.origin["backbone_sha256"] = backbone_sha256
+        self.folder, self.settings = Path(folder), settings or {}
         self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
+        self.accelerator, self.optimizer, self.finite = accelerator, optimizer, finite
+        self.modules = dict(model.named_children())
+        check_trained(model, optimizer)
+        self.checkpoint_every, self.keep, self.only_evaluates = checkpoint_every, keep, evaluate
+        self.batch_size = order.batch_size
+        self.steps_per_epoch = steps_per_epoch or len(images) // order.batch_size
+        self.origin = {"images": len(images), "data": images.fingerprint(), "rows": images.order_state(order)}
+        self.origin["backbone_sha256"] = backbone_sha256
         self.done = 0  # steps taken, including the current one
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
+        self.unlogged = None  # the log line of this moment, if it waits for an evaluation
         self.pending = None  # the last step's values, on their way from the device
         self.spent = {"step": 0.0, "data": 0.0}  # seconds since the last log line
-        self.traffic, self.counted, self.read = images.traffic, 0, 0  # read: counted so far, and since the last line
+        self.traffic, self.counted, self.read = images.traffic, 0, 0  # counted so far, and read since the last log line
+        self.failed = []  # undecodable images of the batches that were read since the last step was recorded
         self.undecodable, self.named = 0, set()  # images of this epoch; all names that were printed
         self.stopping, self.bar = None, None  # the signal that stops the run; its progress bar
         self.saved_at, self.overdue = time.monotonic(), False  # the last checkpoint, and whether it is too long ago
         self.pool, self.writing = ThreadPoolExecutor(1), None  # writes checkpoints
-        if args.resume or self.evaluates:
+        if resume or evaluate:
             self.load(total_steps)
-        self.total_steps = self.done if self.evaluates else total_steps
+        self.total_steps = self.done if evaluate else total_steps
         accelerator.wait_for_everyone()  # nobody writes before everybody has read
-        if accelerator.is_main_process and args.resume:
+        if accelerator.is_main_process and resume:
             trim_metrics(self.metrics, self.done)
-        elif accelerator.is_main_process and not self.evaluates:
-            settings = vars(args) | {"output": str(self.folder)}
+        elif accelerator.is_main_process and not evaluate:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settings = self.settings | {"output": str(folder)}
             write_json(self.folder / "args.json", settings | provenance(accelerator.num_processes))
             self.metrics.write_text("")
-        self.signals = catch_signals()
+        catch_signals()
 
     def check_origin(self, state, total_steps):
         """Raise UserError unless the state of a checkpoint is of the same data and backbone, and of this run."""
-        data, images = f"--data {self.args.data}", self.origin["images"]
+        data, images = f"--data {self.settings.get('data')}", self.origin["images"]
         if state["images"] != images:
             raise UserError(f"{data} has {images} images to train on, {self.folder} was begun on {state['images']}")
         if state.get("data") not in (None, self.origin["data"]):
@@ -97,32 +118,32 @@ class Run:
             )
         if state.get("backbone_sha256") != self.origin["backbone_sha256"]:
             raise UserError(
-                f"--backbone {self.args.backbone} has changed since {self.folder} was begun; start a new run"
+                f"--backbone {self.settings.get('backbone')} has changed since {self.folder} was begun; start a new run"
             )
         if state["step"] > total_steps:
             raise ValueError(f"step is {state['step']} of {total_steps}")
 
     def load(self, total_steps):
         """Restore everything from the newest checkpoint."""
-        path = complete_checkpoints(self.checkpoints)[-1]
+        if not (complete := complete_checkpoints(self.checkpoints)):
+            raise UserError(f"{self.folder} has no complete checkpoint to resume from; start a new run")
+        path = complete[-1]
         tensors, state = load_checkpoint(path)
         remedy = f"remove {path} to resume from the checkpoint before it"
         with explained(f"{path / 'state.json'} is damaged", remedy, *DAMAGE):
             self.check_origin(state, total_steps)
             self.done, self.undecodable = int(state["step"]), int(state["undecodable"])
-            # A checkpoint of an earlier version has no sums: its first log line averages the steps since the resume.
-            sums = state.get("sums") or {}
-            self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in sums.items()}
-            self.summed = int(state.get("summed") or 0)
+            self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in state["sums"].items()}
+            self.summed, self.unlogged = int(state["summed"]), state.get("unlogged")
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        flags, remedy = self.folder / "args.json", "one of them was changed: restore it, or start a new run"
-        with explained(f"{path} does not fit the flags in {flags}", remedy, RuntimeError, KeyError, ValueError):
+        fault = f"{path} does not fit the flags in {self.folder / 'args.json'}, or the script's modules"
+        with explained(fault, "restore what was changed, or start a new run", RuntimeError, KeyError, ValueError):
             for name, module in self.modules.items():
                 module.load_state_dict(tensors[name])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         position, note = self.done % self.steps_per_epoch, ""
-        if not self.evaluates and (state.get("rows") or {}) != (self.origin["rows"] or {}) and position:
+        if not self.only_evaluates and (state.get("rows") or {}) != (self.origin["rows"] or {}) and position:
             # The images of this epoch that were already used are not known.
             self.done -= position
             self.sums, self.summed, self.undecodable = {}, 0, 0
@@ -131,7 +152,7 @@ class Run:
                 " in a new order"
             )
         if self.accelerator.is_main_process:
-            print(f"{'evaluate' if self.evaluates else 'resume  after'} step {self.done}{note}")
+            print(f"{'evaluate' if self.only_evaluates else 'resume  after'} step {self.done}{note}")
 
     # ---- the loop
 
@@ -147,55 +168,67 @@ class Run:
             self.done, self.started = step + 1, time.perf_counter()
             yield step
             self.bar.update()
-            if self.due(self.args.checkpoint_every) or self.stopping or self.overdue:
+            if self.due(self.checkpoint_every) or self.stopping or self.overdue:
                 self.save()
             if self.stopping:
-                what = "Ctrl-C" if self.stopping == signal.SIGINT else "SIGTERM"
-                message = f"{what}: stopped after step {self.done}, which is saved; continue with --resume"
-                self.finish(128 + self.stopping, message)
+                self.stop(self.stopping)
         torch.backends.cudnn.benchmark = False
         set_patience(LONG_PATIENCE)
         self.bar.close()
         self.join_writer()
-        release_signals(self.signals)
+        release_signals()
 
     def timed(self, loader):
-        """The batches of a loader, started when the first one is asked for. Waiting for them counts as data_seconds."""
+        """The batches of a loader without their last part, the undecodable images, which the run counts and names.
+
+        It is started when the first batch is asked for. Waiting for batches counts as data_seconds.
+        """
         batches = iter(loader)
         while True:
             asked = time.perf_counter()
-            batch = next(batches)
+            *batch, failed = next(batches)
             self.spent["data"] += time.perf_counter() - asked
-            yield batch
+            self.failed += failed
+            yield batch if len(batch) > 1 else batch[0]
 
     def due(self, every):
         """Whether to do what is done every so many steps and at the end."""
         return self.done % every == 0 or self.done == self.total_steps
 
     @contextmanager
-    def aside(self, what):
-        """Work beside the steps. The next log line has its seconds, as `what`_seconds."""
+    def paused_for(self, what):
+        """Work between two steps. The next log line has its seconds, as `what`_seconds.
+
+        If a signal stops it, the run ends with a checkpoint whose log line is left open: after the resume the line is
+        `unlogged`, and the script makes the evaluation again.
+        """
         started = time.perf_counter()
         benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # batches of many sizes
         set_patience(LONG_PATIENCE)
-        yield
+        try:
+            yield
+        except Stopped as stopped:
+            self.unlogged = self.unlogged or {"step": self.done, "epoch": self.done / self.steps_per_epoch}
+            self.save()
+            self.stop(stopped.number)
         set_patience(STEP_PATIENCE)
         torch.backends.cudnn.benchmark = benchmark
         self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - started
 
     # ---- what a step leaves
 
-    def record(self, failed, **values):
+    def record(self, **values):
         """Hand in this step's numbers. They are read during the next step, so that the host never waits for the device.
 
-        failed: this process's undecodable images, [(name, reason)]. values: tensors with one number or several; one of
-        them is `loss`. The run stops if none of its numbers is finite on some process.
+        values: tensors with one number or several; one of them is `loss`. The run stops if none of its numbers is
+        finite on some process.
         """
         self.settle()
         row = torch.cat([value.detach().flatten() for value in values.values()])
         overdue = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
         traffic = torch.tensor(self.traffic.totals() if self.traffic else [], dtype=torch.double)
-        shared = torch.tensor([len(failed), max(self.signals, default=0), overdue])
+        failed, self.failed = self.failed, []
+        shared = torch.tensor([len(failed), max(CAUGHT, default=0), overdue])
         shared, self.counted = torch.cat([shared, traffic - self.counted]).to(row.dtype), traffic
         row = torch.cat([row, shared.to(row.device, non_blocking=True)])
         rows = self.accelerator.gather(row[None]).to("cpu", non_blocking=True)  # a row a process
@@ -226,22 +259,25 @@ class Run:
             self.undecodable = 0
         if failures.any():
             self.undecodable += name_undecodable(failed, self.named, self.accelerator)
-            check_undecodable(self.undecodable, self.origin["images"], self.args.data)
+            check_undecodable(self.undecodable, self.origin["images"], self.settings.get("data"))
 
     def check_decoded(self, failed, images, **instead):
         """Name the undecodable of so many images in an evaluation, each once, and stop the run if they are too many."""
         failures = name_undecodable(failed, self.named, self.accelerator, **instead)
-        check_undecodable(failures, images, self.args.data)
+        check_undecodable(failures, images, self.settings.get("data"))
 
-    def averages(self):
-        """A line for the log: where the run stands, means over the steps since the last line, and their speed."""
+    def averages(self, **values):
+        """A line for the log: where the run stands, means over the steps since the last line, and their speed.
+
+        values: whatever else the line shall hold, such as the learning rate.
+        """
         self.settle()
         line = {"step": self.done, "epoch": self.done / self.steps_per_epoch}
         line |= {name: (total / self.summed).tolist() for name, total in self.sums.items()}
         seconds = self.spent.pop("step")
         line |= {
             "undecodable": self.undecodable,  # in this epoch
-            "images_per_second": self.summed * self.args.batch_size / seconds,
+            "images_per_second": self.summed * self.batch_size / seconds,
             "data_share": self.spent["data"] / seconds,
         }
         line |= {f"{what}_seconds": value for what, value in self.spent.items()}
@@ -255,13 +291,15 @@ class Run:
             f"loss {np.min(line['loss']):.2f}, {accuracy}{speed:.{0 if speed >= 100 else 1}f} images/s,"
             f" {line['data_share']:.0%} waiting for data{rates}"
         )
-        return line
+        self.unlogged = line | values
+        return self.unlogged
 
     def log(self, line):
         """Append a line to metrics.jsonl, and send it to the tracker if there is one."""
         if self.accelerator.is_main_process:
             append_metrics(self.metrics, line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+        self.unlogged = None
 
     # ---- checkpoints
 
@@ -269,7 +307,7 @@ class Run:
         """Save a checkpoint of this moment. Training goes on while it is hashed and written to disk."""
         self.settle()
         self.saved_at, self.overdue = time.monotonic(), False
-        with self.aside("checkpoint"):
+        with self.paused_for("checkpoint"):
             if not check_equal_state(self.modules, self.accelerator) and self.finite:
                 self.stop_diverged(f"weights are not finite after step {self.done}")
             self.join_writer()
@@ -279,9 +317,10 @@ class Run:
                 tensors = {name: host_copy(values) for name, values in tensors.items()}
                 sums = {name: total.tolist() for name, total in self.sums.items()}
                 state = self.origin | {"sums": sums, "summed": self.summed, "undecodable": self.undecodable}
+                state["unlogged"] = self.unlogged
                 state["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
                 where = (self.checkpoints, self.done)
-                self.writing = self.pool.submit(save_checkpoint, *where, tensors, state, self.args.keep)
+                self.writing = self.pool.submit(save_checkpoint, *where, tensors, state, self.keep)
 
     def join_writer(self):
         """Wait until the last checkpoint is on disk. Raises UserError if it could not be written."""
@@ -290,6 +329,12 @@ class Run:
         self.writing = None
 
     # ---- the end
+
+    def stop(self, number):
+        """Stop every process after a signal; the current step is saved."""
+        what = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        self.join_writer()
+        self.finish(128 + number, f"{what}: stopped after step {self.done}, which is saved; continue with --resume")
 
     def stop_diverged(self, what):
         """Stop every process. The checkpoint that is kept may already be diverging."""
@@ -307,6 +352,20 @@ class Run:
             print(message, file=sys.stderr)
         self.accelerator.end_training()
         sys.exit(code)
+
+
+def check_trained(model, optimizer):
+    """Raise UserError if an optimizer trains what is not in a submodule of the model, and so would not be saved."""
+    kept = {id(parameter) for module in model.children() for parameter in module.parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    lost = ["x".join(map(str, parameter.shape)) or "1" for parameter in trained if id(parameter) not in kept]
+    if lost:
+        names = ", ".join(name for name, _ in model.named_children())
+        shapes = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+        raise UserError(
+            f"the optimizer trains {len(lost)} parameters, of shape {shapes}, that are in none of the run's modules"
+            f" ({names}) and would be lost on resume; add their module to what is handed to Run"
+        )
 
 
 def host_copy(tensors):

@@ -1,0 +1,219 @@
+"""Arrays, datasets of one's own and rows of one's own as training data. pytest tests/test_arrays.py"""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, assert_same_run, metrics_of, run_script
+from PIL import Image
+from torch.utils.data import Dataset
+
+from moco.augment import AUGMENTATIONS, MEAN, STD
+from moco.backbone.features import knn_monitor
+from moco.data.arrays import ArrayImages, ImageRows, normalization
+from moco.data.batches import center_crops, labelled_crops
+from moco.data.labels import count_classes, has_labels
+from moco.data.load import load_splits
+from moco.data.order import Order
+from moco.data.shapes import draw_scene, encode_jpeg
+from moco.data.views import FastViews
+from moco.encoder import build_encoder
+from moco.errors import UserError
+
+RNG = np.random.default_rng(0)
+SIX = RNG.normal(40, 9, (30, 20, 24, 6)).astype(np.float32)
+LABELS = np.arange(30) % 3
+
+
+class Pairs(Dataset):
+    """A dataset of images and labels, of Pillow images unless they are given."""
+
+    def __init__(self, n=30, images=None):
+        self.images = images if images is not None else [Image.fromarray(draw_scene("train", i)[0]) for i in range(n)]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], int(LABELS[i])
+
+
+def memory_mapped(tmp_path):
+    np.save(tmp_path / "images.npy", SIX)
+    return ArrayImages(np.load(tmp_path / "images.npy", mmap_mode="r"), LABELS)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "arrays", "memory-mapped"])
+def test_rows_of_anything_are_read_as_they_are(kind, tmp_path):
+    made = {
+        "pairs": lambda: ArrayImages(Pairs()),
+        "arrays": lambda: ArrayImages(Pairs(images=SIX)),
+        "memory-mapped": lambda: memory_mapped(tmp_path),
+    }
+    images = made[kind]()
+    pixels = [np.asarray(image) for image in Pairs().images] if kind == "pairs" else SIX
+    for row in (0, 7, 29):
+        np.testing.assert_array_equal(images[row]["image"], pixels[row])
+        assert images[row]["label"] == LABELS[row]
+    assert has_labels(images) and count_classes(images, images, "mine") == 3
+    rest, held_out = images.hold_out(5, b"validation", 0)
+    assert len(held_out) >= 5 and len(rest) + len(held_out) == 30
+    assert rest.fingerprint() == images.fingerprint() and set(held_out.labels) <= {0, 1, 2}
+    assert held_out[0]["label"] == held_out.labels[0] and rest.channels == images.channels == pixels[0].shape[2]
+    crops, labels, undecodable = center_crops(images, 16)[[(0, 4), (0, 11)], ()]
+    assert crops[0].shape == (2, 16, 16, images.channels) and labels.tolist() == [1, 2] and not undecodable
+    assert labelled_crops(images, 16, 0)[[(0, 4)], ()][0][0].dtype == crops[0].dtype == torch.tensor(pixels[0]).dtype
+
+
+def test_the_order_and_the_pixels_are_those_of_the_same_images_in_files(tmp_path):
+    for i in range(12):
+        Image.fromarray(draw_scene("train", i)[0]).save(tmp_path / f"{i:02}.png")
+    files, _ = load_splits(str(tmp_path))
+    arrays, views = ArrayImages(Pairs(12)), FastViews(AUGMENTATIONS["v2"], 32, MEAN, STD)
+    for start in (0, 4):
+        order = Order(4, 3)
+        both = zip(views.batches(files, order, start), views.batches(arrays, order, start))
+        for (crops, *_), (others, *_) in itertools.islice(both, 4):
+            assert all(map(torch.equal, crops, others))
+
+
+def test_the_fingerprint_is_of_pixels_labels_and_their_number():
+    changed = SIX.copy()
+    changed[0, 0, 0, 0] += 1
+    cases = [
+        ArrayImages(SIX, LABELS),
+        ArrayImages(changed, LABELS),
+        ArrayImages(SIX[:-1], LABELS[:-1]),
+        ArrayImages(SIX),
+    ]
+    cases.append(ArrayImages(SIX, 2 - LABELS))
+    assert len({images.fingerprint() for images in cases}) == 5
+    assert ArrayImages(list(SIX), LABELS).fingerprint() == cases[0].fingerprint()
+
+
+class MyRows(ImageRows):
+    """What the documentation asks for, and no more."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, row):
+        image, labels, _ = draw_scene("train", row)
+        return {"image": {"bytes": encode_jpeg(image), "path": None}, "label": int(labels[0])}
+
+
+@pytest.mark.parametrize("images", [MyRows(), ArrayImages(SIX, LABELS)], ids=["own rows", "six channels"])
+def test_features_and_knn_take_them(images):
+    mean, std = normalization(images)
+    encoder, accelerator = build_encoder("resnet10", channels=images.channels), Accelerator(cpu=True)
+    accuracy, undecodable, looked_at = knn_monitor(encoder, images, None, 16, mean, std, 0, accelerator)
+    assert 0 <= accuracy <= 100 and not undecodable and looked_at == len(images)
+    assert has_labels(images) and len(images.fingerprint()) == 16
+
+
+def test_statistics_are_imagenets_or_measured_or_given(capsys):
+    assert normalization(ArrayImages(Pairs())) == (MEAN, STD)
+    mean, std = normalization(ArrayImages(SIX))
+    np.testing.assert_allclose(mean, SIX.mean(axis=(0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(std, SIX.std(axis=(0, 1, 2)), rtol=1e-4)
+    assert "measured" in capsys.readouterr().out
+    sixteen = RNG.integers(0, 65536, (4, 8, 8), np.uint16)
+    mean, std = normalization(ArrayImages(sixteen))
+    assert mean[0] == pytest.approx(sixteen.mean() / 65535, rel=1e-4) and len(mean) == len(std) == 1
+    assert normalization(ArrayImages(SIX), [1.0] * 6, [2.0] * 6) == ((1.0,) * 6, (2.0,) * 6)
+    constant = np.concatenate([SIX, np.ones((30, 20, 24, 1), np.float32)], axis=3)
+    for images, given, message in (
+        (ArrayImages(SIX), ([1.0] * 3, [2.0] * 3), "--mean has 3 numbers and --std 3; the images have 6 channels"),
+        (ArrayImages(SIX), ([1.0] * 6, None), "belong together"),
+        (ArrayImages(constant), (None, None), "--std 0 of channel 6 must be above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            normalization(images, *given)
+
+
+class Flips(Pairs):
+    def __getitem__(self, i):
+        image, label = super().__getitem__(i)
+        return (image.transpose(Image.FLIP_LEFT_RIGHT) if np.random.rand() < 0.5 else image), label
+
+
+REFUSED = {
+    "nothing": (lambda: ArrayImages([]), "its length is 0"),
+    "tensors": (lambda: ArrayImages([torch.zeros(3, 8, 8)] * 2), "is a tensor, whose channels come first"),
+    "int64": (lambda: ArrayImages(np.zeros((2, 8, 8), np.int64)), "type int64; it must be"),
+    "dicts": (lambda: ArrayImages([{"image": SIX[0]}]), "image 0 is dict"),
+    "volumes": (lambda: ArrayImages(np.zeros((2, 8, 8, 8, 1), np.uint8)), r"shape \(8, 8, 8, 1\)"),
+    "names": (lambda: ArrayImages([(SIX[0], "cat")]), "the label of image 0 is 'cat'"),
+    "few labels": (lambda: ArrayImages(SIX, LABELS[1:]), "29 labels for 30 images"),
+    "fractions": (lambda: ArrayImages(SIX, LABELS / 2), "float64; they must be"),
+    "random": (lambda: ArrayImages(Flips()), "has other pixels each time it is read"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_data_is_refused(kind):
+    make, message = REFUSED[kind]
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_a_row_that_differs_or_cannot_be_read_is_an_undecodable_one():
+    class Damaged(Pairs):
+        def __getitem__(self, i):
+            if i == 5:
+                raise OSError("truncated")
+            image, label = super().__getitem__(i)
+            return (np.zeros((8, 8, 4), np.uint8) if i == 9 else image), label
+
+    images = ArrayImages(Damaged(24))
+    rows = [(0, row) for row in (4, 5, 9, 10)]
+    _, labels, undecodable = center_crops(images, 16)[rows, ()]
+    assert undecodable == [
+        ("row 5", "OSError: truncated"),
+        ("row 9", "ValueError: 4 channels of uint8, unlike image 0"),
+    ]
+    assert labels.tolist() == [4 % 3, 6 % 3, 10 % 3, 10 % 3]
+    holes = SIX.copy()
+    holes[3, 0, 0, 0] = np.nan
+    assert center_crops(ArrayImages(holes), 16)[[(0, 3)], ()][2] == [("row 3", "ValueError: pixels are not finite")]
+
+
+FLAGS = """--data mine --arch resnet10 --stem small --image-size 16 --queue-size 16 --dim 8 --batch-size 8 --bn-batch 8
+--epochs 3 --augment no-colour --knn-every 1 --log-every 1 --checkpoint-every 4 --keep 9 --mixed-precision no"""
+
+
+def test_a_copied_script_trains_on_six_channels_exactly_and_draws_what_it_records(tmp_path):
+    np.save(tmp_path / "images.npy", SIX)
+    script = (ROOT / "train_moco.py").read_text()
+    for before, after in {
+        "load_splits(args.data, **flags.data_options(args))": "own_images(), None",
+        "loss=loss, accuracy=accuracy)": "loss=loss, accuracy=accuracy, mine=2 * loss)",
+        "def main():": f"""def own_images():
+    return ArrayImages(np.load({str(tmp_path / "images.npy")!r}, mmap_mode="r"), np.arange(30) % 3)
+
+
+def main():""",
+        "from torch import nn": "from torch import nn\nimport numpy as np\nfrom moco.data.arrays import ArrayImages",
+    }.items():
+        assert script.count(before) == 1
+        script = script.replace(before, after)
+    (tmp_path / "mine.py").write_text(script)
+    run = tmp_path / "run"
+    done = run_script(tmp_path / "mine.py", *FLAGS.split(), "--output", run, "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    assert "6 channels of 20 x 24 pixels" in done.stdout and "measured, as ImageNet's do not fit" in done.stdout
+    pixels = json.loads((run / "args.json").read_text())["pixels"]
+    assert pixels["channels"] == 6 and pixels["mean"] == pytest.approx(SIX.mean(axis=(0, 1, 2)).tolist(), rel=1e-4)
+    lines = metrics_of(run)
+    assert len(lines) == 10 and all(line["mine"] == pytest.approx(2 * line["loss"]) for line in lines[1:])
+    assert Image.open(run / "curves.png").size[1] > 900  # five panels in three rows of 330 pixels
+    shutil.copytree(run, tmp_path / "cut")
+    for step in (8, 9):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step_{step}")
+    done = run_script(tmp_path / "mine.py", *FLAGS.split(), "--output", tmp_path / "cut", "--workers", 2, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "cut", run)
