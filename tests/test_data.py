@@ -180,7 +180,7 @@ def test_sixteen_bits_are_scaled_by_the_range_that_the_data_has(tmp_path, capsys
     for part in (images, images.select_rows([0]), images.without_labels()):
         np.testing.assert_array_equal(decode_image(part[0]["image"])[..., 0], gray >> shift)
     boxes = lambda height, width: np.array([[0, 0, 8, 8]] * 2)  # noqa: E731
-    np.testing.assert_array_equal(decode_crops(images[0]["image"], boxes, 8)[0, ..., 0], gray >> shift)
+    np.testing.assert_array_equal(decode_crops(images[0]["image"], boxes, 8)[0][..., 0], gray >> shift)
 
 
 def test_small_whole_numbers_in_32_bits_stay_and_fractions_are_refused():
