@@ -26,7 +26,8 @@ from moco.data import shapes
 from moco.data.arrays import normalization
 from moco.data.batches import CachedFeatures, labelled_crops, loader
 from moco.data.decode import check_undecodable
-from moco.data.load import check_trainable, count_classes, load_splits
+from moco.data.labels import count_classes
+from moco.data.load import check_trainable, load_splits
 from moco.data.order import Order, batch_rows
 from moco.encoder import average_tensors, feature_width
 from moco.errors import UserError, one_line_errors
@@ -126,6 +127,7 @@ def main():
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed, args.image_size)
         shapes.check_version(known.get("settings", {}), args.data)
     sets = load_sets(args)
+    args.data_commit = sets.train.commit
     check_trainable(sets.train, args.batch_size, args.data)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(sets.train) // args.batch_size
@@ -144,6 +146,7 @@ def main():
     # ---- the run
     if is_main:
         print_settings(args, known["arch"], width, sets, optimizer, world)
+        sets.train.print_order(order)
     model, total_steps = nn.ModuleDict({"classifiers": classifiers}), args.epochs * steps_per_epoch
     run = Run(
         args.output, accelerator, model, optimizer, sets.train, order, total_steps, backbone_sha256=digest,
@@ -303,6 +306,7 @@ def parse_args():
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
     add("--evaluate-every", type=at_least(1), metavar="EPOCHS", default=10, help="and at the end")
 
+    parser.set_defaults(data_commit=None)
     early = flags.parse_early(parser)
     parser.set_defaults(**(SHAPES if early.data == "shapes" else {}))
     args = parser.parse_args()

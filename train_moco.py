@@ -27,7 +27,8 @@ from moco.backbone.publish import push_backbone
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
 from moco.data import shapes
 from moco.data.arrays import normalization
-from moco.data.load import check_trainable, has_labels, load_splits
+from moco.data.labels import has_labels, monitor_test_set
+from moco.data.load import check_trainable, load_splits
 from moco.data.order import Order
 from moco.data.views import FastViews
 from moco.encoder import average_batchnorm, batchnorm_in_words, build_encoder, momentum_update, sync_batchnorm
@@ -149,9 +150,9 @@ def main():
 
     # ---- data
     train_set, test_set = load_splits(args.data, **flags.data_options(args))
+    args.data_commit = train_set.commit
     check_trainable(train_set, args.batch_size, args.data)
-    if test_set is not None and not has_labels(test_set):
-        test_set = None  # the kNN monitor then holds training images out
+    test_set = monitor_test_set(train_set, test_set, args.data)  # without one the monitor holds training images out
     with_knn = args.knn_every > 0 and has_labels(train_set)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(train_set) // args.batch_size
@@ -168,6 +169,7 @@ def main():
     # ---- the run
     if is_main:
         print_settings(args, model, train_set, test_set, optimizer, order.share // pass_size, world, logits_of_query)
+        train_set.print_order(order)
     total_steps = args.epochs * steps_per_epoch
     run = Run(args.output, accelerator, model, optimizer, train_set, order, total_steps, **flags.run_options(args))
     if args.tracker:
@@ -315,7 +317,7 @@ def parse_args():
     flags.add_run_flags(add, checkpoint_every=1000, log_every=10, default="runs/RECIPE-DATA")
     add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too, if it is installed")
-    parser.set_defaults(simclr=False, **RECIPES["v2"])  # for --help to show
+    parser.set_defaults(simclr=False, data_commit=None, **RECIPES["v2"])  # for --help to show
 
     early = flags.parse_early(parser)
     parser.set_defaults(**(SHAPES if early.data == "shapes" else {}))

@@ -18,7 +18,8 @@ from moco.augment import MEAN, STD, normalize, to_float
 from moco.backbone import save_backbone
 from moco.data import shapes
 from moco.data.batches import labelled_crops, loader
-from moco.data.load import count_classes, load_splits
+from moco.data.labels import count_classes
+from moco.data.load import load_splits
 from moco.data.order import Order
 from moco.encoder import build_encoder
 from moco.schedule import learning_rate

@@ -22,6 +22,8 @@ class UserError(ValueError):
 
 def first_line(error):
     """An exception of a library in one line, to quote in a message of ours."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__:  # which only says that there was one
+        error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
 
 
@@ -59,6 +61,14 @@ def one_line_errors():
         message = (
             f"the GPU's memory is too small ({first_line(error)}); lower --micro-batch, which changes no number by"
             " more than rounding, or --batch-size"
+        )
+    except RuntimeError as error:  # PyTorch's own, or of a worker that the system killed
+        if "shared memory" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[-1][:200]
+        message = (
+            f"/dev/shm, where workers leave batches, is full ({reason}); make it larger (docker run --shm-size 8g),"
+            " or lower --workers or --batch-size"
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

@@ -43,7 +43,8 @@ class Hub(ThreadingHTTPServer):
     gated: names of repositories that anybody may list and nobody fetch. private: those that are there for TOKEN only.
     requests: (method, path, Range) of what was asked of the Hub itself. sent: bytes of files sent, by the RANK of the
     process that asked, or by "alone". created: {name of a repository: "private" or "public"}. renamed: {old: new name}.
-    latency: seconds before an address or a file's first byte.
+    latency: seconds before an address or a file's first byte. main: the commit that "main" stands for now. older: {an
+    earlier commit: the root of its files}. trickle: send a byte in so many seconds, or None.
     """
 
     daemon_threads = True
@@ -55,7 +56,7 @@ class Hub(ThreadingHTTPServer):
         self.created, self.uploads, self.stopped, self.lock = {}, {}, threading.Event(), threading.Lock()
         self.refusals, self.limit, self.limited, self.window, self.latency = [], None, 0, (0, 0), 0.0
         self.resolved, self.reads, self.leaked, self.ends, self.life = [], [], [], [], 3600
-        self.started, self.renamed = time.monotonic(), {}
+        self.started, self.renamed, self.main, self.older, self.trickle = time.monotonic(), {}, COMMIT, {}, None
         self.signed_host = ThreadingHTTPServer(("127.0.0.1", 0), SignedHandler)
         self.signed_host.daemon_threads, self.signed_host.hub = True, self
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -82,14 +83,16 @@ class Hub(ThreadingHTTPServer):
         """Seconds since the start."""
         return time.monotonic() - self.started
 
-    def address(self, kind, name, file, seconds):
+    def address(self, kind, name, file, seconds, commit=""):
         """A new signed address of a file, given out at so many seconds since the epoch."""
         where = f"127.0.0.1:{self.signed_host.server_port}"
         signed = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y%m%dT%H%M%SZ")
         with self.lock:
             self.resolved.append((self.now(), file))
             self.ends.append(self.now() + self.life)
-            query = f"X-Amz-Date={signed}&X-Amz-Expires={self.life}&X-Amz-Signature={len(self.ends) - 1}"
+            query = (
+                f"commit={commit}&X-Amz-Date={signed}&X-Amz-Expires={self.life}&X-Amz-Signature={len(self.ends) - 1}"
+            )
         return f"http://{where}/{kind}/{name}/{file}?{query}"
 
     def revoke(self):
@@ -106,9 +109,9 @@ class Hub(ThreadingHTTPServer):
             self.limited += used >= requests
             return (number + 1) * seconds - self.now() if used >= requests else 0
 
-    def files(self, kind, name):
-        """{path in the repository: path here}."""
-        folder = self.root / kind / name
+    def files(self, kind, name, commit=""):
+        """{path in the repository: path here} at a commit, or in a later one."""
+        folder = self.older.get(commit, self.root) / kind / name
         return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
     def rank_of(self, port):
@@ -210,27 +213,28 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         if match := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            kind, name, _, file = match.groups("models")
+            kind, name, commit, file = match.groups("models")
             if name in self.hub.renamed:
                 self.answer({}, 307, Location=self.path.replace(name, self.hub.renamed[name], 1))
             elif self.may_read(kind, name, files=True) and self.may_resolve():
-                here = self.hub.files(kind, name).get(file)
+                here = self.hub.files(kind, name, commit).get(file)
                 if here and file.endswith(".parquet"):  # large files lie on another host
                     facts = {"X-Linked-Size": here.stat().st_size, "X-Linked-ETag": f'"{digest_of(here)}"'}
                     time.sleep(self.hub.latency)
                     self.signed = time.time()
-                    where = self.hub.address(kind, name, file, self.signed)
-                    self.answer({}, 302, Location=where, X_Repo_Commit=COMMIT, **facts)
+                    where = self.hub.address(kind, name, file, self.signed, commit)
+                    commit = commit if commit in self.hub.older else self.hub.main
+                    self.answer({}, 302, Location=where, X_Repo_Commit=commit, **facts)
                 else:
                     self.send_file(here)
         elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             if self.may_read(*match.groups()[:2]):
-                self.answer(self.information(*match.groups()[:2]))
+                self.answer(self.information(*match.groups()))
         elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
-            kind, name, _, folder = match.groups("")
+            kind, name, commit, folder = match.groups("")
             if self.may_read(kind, name):
                 recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
-                self.answer(self.tree(kind, name, folder, recursive))
+                self.answer(self.tree(kind, name, commit, folder, recursive))
         elif path == "/api/whoami-v2" and self.logged_in():
             self.answer({"name": "user", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
         else:
@@ -242,10 +246,10 @@ class Handler(BaseHTTPRequestHandler):
         path, body = unquote(urlsplit(self.path).path), self.body()
         self.hub.requests.append((self.command, path, None))
         if match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
-            kind, name, _ = match.groups()
+            kind, name, commit = match.groups()
             if self.may_read(kind, name):
                 wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
-                entries = {entry["path"]: entry for entry in self.tree(kind, name, "", recursive=True)}
+                entries = {entry["path"]: entry for entry in self.tree(kind, name, commit, "", recursive=True)}
                 self.answer([entries[path] for path in wanted if path in entries])
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
@@ -281,18 +285,18 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- repositories
 
-    def information(self, kind, name):
-        files = self.hub.files(kind, name)
+    def information(self, kind, name, commit):
+        files, sha = self.hub.files(kind, name, commit), commit if commit in self.hub.older else self.hub.main
         return {
-            "id": name, "sha": COMMIT, "private": name in self.hub.private, "gated": name in self.hub.gated,
+            "id": name, "sha": sha, "private": name in self.hub.private, "gated": name in self.hub.gated,
             "tags": [], "lastModified": "2024-01-01T00:00:00.000Z", "siblings": [{"rfilename": f} for f in files],
             "disabled": False, "downloads": 0, "likes": 0,
         }  # fmt: skip
 
-    def tree(self, kind, name, folder, recursive):
+    def tree(self, kind, name, commit, folder, recursive):
         """Files and folders below `folder`, as the Hub lists them."""
         entries, prefix = {}, f"{folder}/" if folder else ""
-        for path, here in self.hub.files(kind, name).items():
+        for path, here in self.hub.files(kind, name, commit).items():
             if not path.startswith(prefix):
                 continue
             parents = [str(parent) for parent in Path(path).parents if str(parent) not in (".", folder)]
@@ -368,6 +372,9 @@ class Handler(BaseHTTPRequestHandler):
             body = file.read(end - start)
         if fault in ("reset", "truncate", "stall"):
             body = body[: len(body) // 2]
+        while self.hub.trickle and body and not self.hub.stopped.wait(self.hub.trickle):
+            self.wfile.write(body[:1])
+            body = body[1:]
         self.wfile.write(body)
         with self.hub.lock:
             self.hub.sent[self.rank] += len(body)
@@ -399,6 +406,7 @@ class SignedHandler(Handler):
         else:
             with self.hub.lock:
                 self.hub.reads.append((file, self.headers.get("Range")))
-            self.send_file(self.hub.files(kind, f"{user}/{name}").get(file))
+            commit = parse_qs(url.query).get("commit", [""])[0]
+            self.send_file(self.hub.files(kind, f"{user}/{name}", commit).get(file))
 
     do_HEAD = do_GET

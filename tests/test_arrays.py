@@ -16,7 +16,8 @@ from moco.augment import AUGMENTATIONS, MEAN, STD
 from moco.backbone.features import knn_monitor
 from moco.data.arrays import ArrayImages, ImageRows, normalization
 from moco.data.batches import center_crops, labelled_crops
-from moco.data.load import count_classes, has_labels, load_splits
+from moco.data.labels import count_classes, has_labels
+from moco.data.load import load_splits
 from moco.data.order import Order
 from moco.data.shapes import draw_scene, encode_jpeg
 from moco.data.views import FastViews

@@ -22,7 +22,7 @@ import linear_probe
 import train_moco
 from moco.data.shapes import draw_scene, encode_jpeg
 from moco.encoder import build_encoder
-from moco.errors import UserError, one_line_errors
+from moco.errors import UserError, first_line, one_line_errors
 from moco.run.checkpoint import complete_checkpoints
 from moco.run.flags import lock
 
@@ -150,7 +150,7 @@ def test_a_folder_whose_images_are_none(refuse, tmp_path):
     (tmp_path / "fake").mkdir()
     for index in range(10):
         (tmp_path / "fake" / f"{index}.jpg").write_text("no image")
-    assert "none of the 10 images can be decoded" in refuse("--data", tmp_path / "fake")
+    assert "none of the 10 images of --data" in refuse("--data", tmp_path / "fake")
 
 
 def test_fewer_images_than_a_batch(refuse, folder):
@@ -248,7 +248,7 @@ def test_resume_on_other_data_of_the_same_size(refuse, folder, finished_run, tmp
     shutil.copytree(folder, tmp_path / "moved")
     (tmp_path / "moved" / "3.jpg").write_bytes(encode_jpeg(draw_scene("test", 3)[0]))
     line = refuse("--data", tmp_path / "moved", "--epochs", 1, "--resume")
-    assert "is not the data that" in line and "names or sizes of its files differ" in line
+    assert "is not the data that" in line and "names or sizes of its files" in line
 
 
 def test_images_beside_parquet_files_and_files_of_other_columns(refuse, tmp_path, capsys):
@@ -285,6 +285,35 @@ def test_an_output_that_cannot_be_written(refuse, folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     line = refuse("--data", folder, output=tmp_path / "file" / "run")
     assert str(tmp_path / "file") in line and "cannot be written" in line
+
+
+def test_a_home_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    flags = ["--data", "some/one", "--output", tmp_path / "run", *SMALL.split()]
+    done = run_script("train_moco.py", *flags, HF_HOME=str(tmp_path / "file" / "home"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "set HF_HOME to a folder that can" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_datasets_hides_is_said():
+    try:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset") from OSError(
+            "the disk is on fire"
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        assert first_line(error) == "OSError: the disk is on fire"
+
+
+def test_a_full_shared_memory(monkeypatch, capsys):
+    """What PyTorch says in a worker, and when the system kills one."""
+    for words in (
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
+        " shared memory.",
+    ):
+        with pytest.raises(SystemExit) as stopped, one_line_errors():
+            raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{words}")
+        line = capsys.readouterr().err
+        assert stopped.value.code == 2 and "/dev/shm" in line and "--workers" in line and line.count("\n") == 1
 
 
 # ---- linear_probe.py
@@ -411,7 +440,7 @@ def test_an_error_ends_the_process_though_workers_wait(error, code):
     program = f"""
 import itertools
 from moco.data.batches import loader
-from moco.errors import UserError, one_line_errors
+from moco.errors import UserError, first_line, one_line_errors
 from moco.run.flags import lock
 
 with one_line_errors():
@@ -436,5 +465,5 @@ def test_help_is_grouped_and_readable_on_a_screen_and_a_half(monkeypatch, capsys
     with pytest.raises(SystemExit) as stopped:
         train_moco.parse_args()
     shown = capsys.readouterr().out.splitlines()
-    assert stopped.value.code == 0 and len(shown) <= 60 and max(map(len, shown)) <= 120
+    assert stopped.value.code == 0 and len(shown) <= 62 and max(map(len, shown)) <= 120
     assert {"data:", "recipe:", "encoders and queue:", "optimisation:", "run:"} <= set(shown)

@@ -8,7 +8,10 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from urllib.parse import quote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import assert_same_run, is_time, metrics_of, run_script, start_script, wait_for_step
@@ -109,6 +112,38 @@ def test_another_choice_of_columns_is_another_row_group(hub, tmp_path):
     with_label, without = images_of(PATHS, cache), images_of(PATHS, cache, label=None)
     assert with_label[3]["label"] is not None and without[3] == {"image": with_label[3]["image"]}
     assert {name.rsplit("/")[-1] for name in kept(cache)} == {"00000-image-label", "00000-image"}
+
+
+def test_no_two_row_groups_have_one_name(tmp_path, parquet_folder):
+    files = [
+        "a/b.parquet",
+        "a--b.parquet",
+        "a-/b.parquet",
+        "a/-b.parquet",
+        "a%2Fb.parquet",
+        "图" * 40,
+        "图" * 400,
+        "图" * 401,
+    ]
+    cache = RowGroupCache(tmp_path)
+    paths = [cache.path_of(f"hf://datasets/some/one@abc/{quote(file)}", "00000-image") for file in files]
+    assert len({*paths}) == len(files) and all(len(part) < 256 for path in paths for part in path.parts)
+    for number, path in enumerate(paths):
+        cache.keep(path, bytes([number]) * 9)
+    assert [bytes(cache.read(path, 9))[0] for path in paths] == [*range(len(files))]
+
+
+def test_columns_with_a_dash_are_other_columns(tmp_path, hub, monkeypatch):
+    """Of the columns "a-b" alone, and of "a" with the labels "b"."""
+    columns = {"a-b": [b"one"], "a": [b"two"], "b": [3]}
+    (hub.root / "datasets" / "some" / "dashes").mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), hub.root / "datasets" / "some" / "dashes" / "train.parquet")
+    paths, cache = ["hf://datasets/some/dashes@abc/train.parquet"], RowGroupCache(tmp_path)
+    footers = read_footers(paths, Traffic())
+    for _ in range(2):
+        assert ParquetImages(paths, footers, "a-b", None, Traffic(), cache)[0]["image"]["bytes"] == b"one"
+        assert ParquetImages(paths, footers, "a", "b", Traffic(), cache)[0]["image"]["bytes"] == b"two"
+    assert len(hub.reads) == 3
 
 
 # ---- several processes, kills

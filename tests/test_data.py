@@ -5,9 +5,12 @@ pytest tests/test_data.py
 
 import io
 import itertools
+import os
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,8 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from moco.augment import AUGMENTATIONS, MEAN, STD, cut_crops, random_crop_boxes
 from moco.data.batches import center_crop, center_crops, crop_generator
 from moco.data.decode import decode_crops, decode_image
-from moco.data.load import IndexedImages, has_labels, load_splits
+from moco.data.labels import has_labels
+from moco.data.load import IndexedImages, check_trainable, load_splits
 from moco.data.order import Order, batch_rows
 from moco.data.views import FastViews
 from moco.errors import UserError
@@ -156,6 +160,29 @@ def test_sixteen_bits_become_eight_instead_of_white():
     np.testing.assert_array_equal(image, np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
+@pytest.mark.parametrize("kind", ["folder", "parquet", "saved"])
+@pytest.mark.parametrize("largest, shift", [(255, 0), (4095, 4), (4096, 8), (65535, 8)])
+def test_sixteen_bits_are_scaled_by_the_range_that_the_data_has(tmp_path, capsys, kind, largest, shift):
+    """By all images that were looked at, not each by its own: this one is the darker of two."""
+    gray = (np.arange(64, dtype=np.uint16) * (largest // 100)).reshape(8, 8)
+    records = [encoded(Image.fromarray(values), "PNG") for values in (gray, np.full((8, 8), largest, np.uint16))]
+    if kind == "folder":
+        for i, each in enumerate(records):
+            (tmp_path / "data").mkdir(exist_ok=True)
+            (tmp_path / "data" / f"{i}.png").write_bytes(each["bytes"])
+    else:
+        rows = datasets.Dataset.from_dict({"image": records}, features=datasets.Features(image=datasets.Image()))
+        rows.save_to_disk(tmp_path / "data") if kind == "saved" else rows.to_parquet(
+            tmp_path / "data" / "train.parquet"
+        )
+    images, _ = load_splits(str(tmp_path / "data"))
+    assert f"2 of 2 images looked at have 16 bits a pixel, of values up to {largest}" in capsys.readouterr().out
+    for part in (images, images.select_rows([0]), images.without_labels()):
+        np.testing.assert_array_equal(decode_image(part[0]["image"])[..., 0], gray >> shift)
+    boxes = lambda height, width: np.array([[0, 0, 8, 8]] * 2)  # noqa: E731
+    np.testing.assert_array_equal(decode_crops(images[0]["image"], boxes, 8)[0][..., 0], gray >> shift)
+
+
 def test_small_whole_numbers_in_32_bits_stay_and_fractions_are_refused():
     gray = np.arange(256, dtype=np.int32).reshape(16, 16)
     np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(gray), "TIFF"))[..., 0], gray)
@@ -286,6 +313,48 @@ def test_damaged_images_side_by_side_count_once_each(tmp_path):
     assert [name[-7:] for name, _ in undecodable] == ["001.jpg", "002.jpg", "003.jpg", "004.jpg"]
 
 
+def test_structs_without_a_path_or_without_bytes_are_rows_like_others(tmp_path):
+    data = encoded(picture(0), "JPEG")["bytes"]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": [{"bytes": data}, None, {"bytes": None}]}), tmp_path / "data" / "train.parquet")
+    images, _ = load_splits(str(tmp_path / "data"), image_column="image")
+    views, undecodable = crop_pairs(images, 16, [(0, 0), (0, 1), (0, 2)])
+    assert [name for name, _ in undecodable] == ["row 1", "row 2"] and views[2].float().std() > 0
+    pq.write_table(pa.table({"image": [{"path": "a.jpg"}]}), tmp_path / "data" / "train.parquet")
+    with pytest.raises(UserError, match="--image-column image of .* does not hold images"):
+        load_splits(str(tmp_path / "data"), image_column="image")
+
+
+def test_a_column_of_more_than_can_be_read_at_once_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.data.parquet.LARGEST_CHUNK", 20_000)
+    rows = datasets.Dataset.from_dict({"image": [np.random.default_rng(0).bytes(3000)] * 10})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    rows.to_parquet(tmp_path / "data" / "train.parquet", batch_size=5)
+    load_splits(str(tmp_path / "data"))
+    monkeypatch.setattr("moco.data.parquet.LARGEST_CHUNK", 2_000)
+    with pytest.raises(UserError, match="GB of image in one row group .5 rows., .* save_to_disk them"):
+        load_splits(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("change", ["other", "removed", "touched"])
+def test_a_file_that_is_replaced_while_a_run_reads_it_ends_the_run(tmp_path, change):
+    path = tmp_path / "data" / "train.parquet"
+    rows = datasets.Dataset.from_dict({"image": [encoded(picture(i), "JPEG") for i in range(10)]})
+    rows = rows.cast_column("image", datasets.Image())
+    rows.to_parquet(path, batch_size=5)
+    images, _ = load_splits(str(path.parent))
+    assert images[0]
+    if change == "removed":
+        path.unlink()
+    elif change == "touched":
+        os.utime(path, (1, 1))
+    else:
+        rows.select(range(9, -1, -1)).to_parquet(path, batch_size=5)
+        os.utime(path, (1, 1))
+    with pytest.raises(UserError, match="train.parquet was changed or removed while this run reads it; .* --resume"):
+        images[7]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_a_row_without_an_image_is_an_undecodable_one(tmp_path, kind):
     features = datasets.Features(image=datasets.Image())
@@ -303,6 +372,20 @@ def test_in_evaluation_the_neighbour_brings_its_label(tmp_path):
     (tmp_path / "pets" / "cat" / "000.jpg").write_bytes(b"")
     (crops,), labels, undecodable = center_crops(load_splits(str(tmp_path / "pets"))[0], 16)[[(0, 0), (0, 1)], ()]
     assert labels.tolist() == [1, 1] and crops[0].equal(crops[1]) and len(undecodable) == 1
+
+
+def test_undecodable_data_is_refused_after_a_look_at_a_few_row_groups(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [b"JPEG 2000"] * 200}).cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    rows.to_parquet(tmp_path / "data" / "train.parquet", batch_size=5)
+    images, _ = load_splits(str(tmp_path / "data"))
+    before = images.traffic.totals()[2]
+    with pytest.raises(
+        UserError, match="none of the 20 images of --data D that were looked at .* no image in a format"
+    ):
+        check_trainable(images, 8, "D")
+    assert images.traffic.totals()[2] - before < images.epoch_bytes() / 5
 
 
 def test_where_no_image_can_be_decoded_the_user_is_told(tmp_path):

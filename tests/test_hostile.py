@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
 from moco.augment import AUGMENTATIONS, MEAN, STD
 from moco.backbone.load import read_backbone, read_config
 from moco.backbone.publish import read_results
-from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, is_transparent
+from moco.data.batches import center_crop
+from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, traits
 from moco.data.load import load_splits
 from moco.data.views import FastViews
 from moco.detection.data import image_size
@@ -58,7 +60,7 @@ def ghostscript(tmp_path, monkeypatch):
 
 
 def test_postscript_is_not_run_from_a_file_or_a_row(ghostscript, tmp_path, capsys):
-    for decode in (decode_image, lambda r: crops_of(r["bytes"]), lambda r: is_transparent(r) or decode_image(r)):
+    for decode in (decode_image, lambda r: crops_of(r["bytes"]), lambda r: any(traits(r)) or decode_image(r)):
         with pytest.raises(UNDECODABLE, match="no image in a format that is read here"):
             decode(record(EPS))
     assert image_size(record(EPS), {"images whose size cannot be read": 0}) == (1, 1)
@@ -90,6 +92,48 @@ def test_a_small_file_that_claims_billions_of_pixels_costs_nothing():
             with pytest.raises(UNDECODABLE):
                 decode(record(data))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_a_thin_image_costs_what_its_crop_does():
+    """Resized as a whole, 20,000 pixels by 20 would take 170 MB, and by 1 above 3 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ramp = np.repeat(np.arange(20_000, dtype=np.uint32)[:, None, None] * 255 // 20_000, 20, axis=1).repeat(3, axis=2)
+    for image in (ramp.astype(np.uint8), ramp.astype(np.uint8).swapaxes(0, 1)):
+        crop = center_crop(image, 224)
+        assert crop.shape == (224, 224, 3) and crop.float().mean().item() == pytest.approx(127, abs=1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kB
+    for size in ((1, 20_000), (2001, 2)):
+        for format in ("PNG", "JPEG"):
+            data = encode(Image.new("RGB", size), format)
+            for decode in (decode_image, lambda r: crops_of(r["bytes"])):
+                with pytest.raises(UNDECODABLE, match="one side is more than 1000 times the other"):
+                    decode(record(data))
+
+
+def test_the_middle_of_a_thin_image_is_cut_where_the_whole_one_would_be():
+    """Beside torchvision's way at 33 times, of which only the middle is resized here."""
+    image = np.random.default_rng(0).integers(0, 256, (12, 12 * 33, 3), np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    whole = torch.nn.functional.interpolate(pixels, (37, 37 * 33), mode="bilinear", antialias=True)[0]
+    expected = whole[:, 2:34, 594:626].permute(1, 2, 0)
+    assert (center_crop(image, 32).int() - expected.int()).abs().float().mean() < 3
+
+
+def test_a_jpeg_that_lacks_its_end_marker_is_decoded_as_it_is():
+    for options in ({}, {"progressive": True}, {"quality": 30}):
+        whole = encode(picture(size=(200, 150)), "JPEG", **options)
+        assert whole.endswith(b"\xff\xd9") and traits(record(whole)) == (False, False, None)
+        assert (decode_image(record(whole[:-2])) == decode_image(record(whole))).all()
+        assert crops_of(whole[:-2]).equal(crops_of(whole)) and traits(record(whole[:-2])) == (False, True, None)
+        with pytest.raises(UNDECODABLE):
+            decode_image(record(whole[: len(whole) // 2]))
+
+
+def test_a_png_with_two_megabytes_of_text_or_profile_is_decoded():
+    text = PngInfo()
+    text.add_text("comment", "x" * 2_000_000, zip=True)
+    for options in ({"pnginfo": text}, {"icc_profile": bytes(2_000_000)}):
+        assert (decode_image(record(encode(picture(), "PNG", **options))) == np.asarray(picture())).all()
 
 
 # ---- what is transparent
@@ -125,7 +169,7 @@ def test_what_is_transparent_shows_white(kind):
         index = palette.getpixel((0, 0))
         alphas = bytes(0 if i == index else 255 for i in range(8)) if kind == "palette with alphas" else index
         data = encode(palette, "PNG", transparency=alphas)
-    assert is_transparent(record(data))
+    assert traits(record(data))[0]
     pixels = decode_image(record(data))
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert (
@@ -134,7 +178,7 @@ def test_what_is_transparent_shows_white(kind):
         ).max()
         < 40
     )
-    assert not is_transparent(record(encode(picture(), "PNG")))
+    assert traits(record(encode(picture(), "PNG"))) == (False, False, None)
 
 
 # ---- fuzz: damaged files of each kind give known refusals and nothing else

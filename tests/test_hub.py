@@ -170,3 +170,32 @@ def test_a_process_killed_while_it_resolves_leaves_the_others_their_turn(hub):
     first.join()
     hub.latency = 0
     assert len(read_range(PATHS[0], 0, 100, Traffic())[0]) == 100 and len(hub.resolves()) == 2
+
+
+def test_a_page_in_answer_to_a_resolve_is_no_address(hub):
+    """A proxy's, with status 200: kept for an hour, it would make each read a request that the Hub counts."""
+    hub.refusals = [200]
+    for _ in range(3):
+        assert len(read_range(PATHS[0], 0, 100, Traffic())[0]) == 100
+    assert len(hub.resolves()) == 2 and len(hub.reads) == 3
+
+
+def test_a_redirect_to_itself_ends_the_run(hub):
+    hub.renamed["some/many"] = "some/many"
+    with pytest.raises(UserError, match="cannot be read .*edirects"):
+        read_range(PATHS[0], 0, 100, Traffic())
+    assert len(hub.resolves()) < 50
+
+
+def test_a_server_that_sends_a_byte_a_second_is_given_up(hub, monkeypatch):
+    hub.trickle = 0.05
+    monkeypatch.setattr("moco.data.hub.TIMEOUT", 0.5)
+    monkeypatch.setattr("moco.data.hub.RETRIES", 0)
+    with pytest.raises(UserError, match="cannot be read .* bytes in .* seconds"):
+        read_range(PATHS[0], 0, 1000, Traffic())
+
+
+def test_a_refusal_in_mid_run_says_how_to_go_on(hub):
+    hub.refusals = [401]
+    with pytest.raises(UserError, match="is refused .*hf auth login.*--resume"):
+        read_range(PATHS[0], 0, 100, Traffic())

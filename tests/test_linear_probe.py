@@ -17,7 +17,8 @@ from torch import nn
 from trajectory import tiny_resnet
 
 from linear_probe import LinearClassifiers, build_optimizer, count_correct, probe_step
-from moco.data.load import count_classes, load_splits
+from moco.data.labels import count_classes
+from moco.data.load import load_splits
 from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
@@ -163,8 +164,7 @@ def test_classes_of_a_stream_are_told_without_reading_its_images(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             count_classes(split, None, "D")
-    with pytest.raises(UserError, match="1 row groups, too few to hold 1 of 2 images out; .* --data FOLDER"):
-        stream([0, 1], named).hold_out(1, b"validation", 0)
+    assert [len(part) for part in stream([0, 1], named).hold_out(1, b"validation", 0)] == [1, 1]  # of one row group
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path
     checkpoints = tmp_path / "run" / "checkpoints"
     whole = probe(parquet, tmp_path / "run", *flags)
     assert whole["classes"] == 20 and whole["validation_images"] == 13
-    assert whole["train_images"] + whole["held_out_images"] == 75 and 7 <= whole["held_out_images"] <= 15
+    assert whole["train_images"] + whole["held_out_images"] == 75 and whole["held_out_images"] == 7
     assert whole["steps"] == 6
     weights = (checkpoints / "step_6" / "classifiers.safetensors").read_bytes()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,7 +24,8 @@ from moco.backbone import load_backbone
 from moco.backbone.features import Features
 from moco.data.batches import ordered_rows
 from moco.data.hub import Traffic
-from moco.data.load import IndexedImages, count_classes, load_splits
+from moco.data.labels import count_classes
+from moco.data.load import IndexedImages, load_splits
 from moco.data.order import Order, stream_rows
 from moco.data.parquet import ParquetImages, read_footer, read_footers
 from moco.data.shapes import draw_scene, encode_jpeg
@@ -142,11 +144,108 @@ def test_features_of_a_stream_are_those_of_single_rows(parquet_folder, workers, 
     assert labels.equal(expected_labels)
 
 
-def test_selected_row_groups_are_a_stream_of_their_own(parquet_folder):
+def test_selected_rows_are_a_stream_of_their_own(parquet_folder):
     images, _ = load_splits(str(parquet_folder))
-    part = images.select_groups([4, 1])
-    assert len(part) == 20 and [part[i] for i in (0, 19)] == [images[i] for i in (10, 44)]
-    assert part.fingerprint() != images.fingerprint() and len(images) == 75
+    rows = [*range(45, 55), 3, 7, 4, 74]
+    part = images.select_rows(rows)
+    assert [part[i] for i in range(len(rows))] == [images[row] for row in rows]
+    assert [part.select_rows([13, 1])[i] for i in (0, 1)] == [images[74], images[46]]
+    part.keep([0, 1])
+    assert part[11] == images[7] and part.without_labels()[11] == {"image": images[7]["image"]}
+    assert part.fingerprint() != images.select_rows(rows[:-1] + [73]).fingerprint() and len(images) == 75
+
+
+def write_groups(path, images, labels, rows, names=None):
+    """A parquet file of images and labels in row groups of so many rows, as pyarrow alone writes it."""
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features(image=datasets.Image(), label=kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": [{"bytes": data, "path": None} for data in images], "label": labels})
+    pq.write_table(table.cast(features.arrow_schema), path, row_group_size=rows)
+    return str(path.parent)
+
+
+def test_other_images_or_labels_of_the_same_count_have_another_fingerprint(tmp_path):
+    images = [encode_jpeg(draw_scene("train", i)[0]) for i in range(12)]
+    labels = [i // 3 for i in range(12)]
+    prints = {
+        name: load_splits(write_groups(tmp_path / name / "train.parquet", *columns, rows=4))[0].fingerprint()
+        for name, columns in {
+            "as they were": (images, labels),
+            "a copy": (images, labels),
+            "other images": ([encode_jpeg(draw_scene("test", i)[0]) for i in range(12)], labels),
+            "other labels": (images, labels[::-1]),
+        }.items()
+    }
+    assert prints["as they were"] == prints.pop("a copy") and len(set(prints.values())) == 3
+
+
+@pytest.fixture(scope="module")
+def sorted_folder(tmp_path_factory):
+    """600 images of 20 classes, sorted by class, in row groups of 25; the test split of 100 likewise."""
+    root = tmp_path_factory.mktemp("sorted")
+    image = encode_jpeg(draw_scene("train", 0)[0])
+    write_groups(root / "train.parquet", [image] * 600, [i // 30 for i in range(600)], rows=25)
+    write_groups(root / "test.parquet", [image] * 100, [i // 5 for i in range(100)], rows=10)
+    return root
+
+
+def classes_of(images):
+    return [images[row]["label"] for row in range(len(images))]
+
+
+def test_of_sorted_files_every_class_is_held_out_and_trained_on(sorted_folder):
+    images, _ = load_splits(str(sorted_folder))
+    train, validation = images.hold_out(120, b"validation", 0)
+    rest, chosen = train.hold_out(40, b"held out", 7)
+    counts = [np.bincount(classes_of(part), minlength=20) for part in (rest, chosen, validation)]
+    assert sum(counts).tolist() == [30] * 20 and [count.sum() for count in counts] == [440, 40, 120]
+    assert counts[2].tolist() == [6] * 20 and counts[1].min() >= 1 and counts[0].min() >= 20
+
+
+def test_of_sorted_files_the_monitor_looks_at_every_class(sorted_folder):
+    """With and without a test split: random row groups would lack some classes, or hold them out as a whole."""
+    train_set, test_set = load_splits(str(sorted_folder))
+    assert train_set.is_sorted() and test_set.is_sorted()
+    assert set(classes_of(train_set.select_rows(train_set.sample(60)))) == set(range(20))
+    assert set(classes_of(test_set.select_rows(test_set.sample(50)))) == set(range(20))
+    rows = train_set.sample(300, 60)
+    assert len(set(rows)) == 300
+    queries, bank = (np.bincount(classes_of(train_set.select_rows(part))) for part in (rows[:60], rows[60:]))
+    assert queries.min() >= 1 and bank.min() >= 10 and len(queries) == len(bank) == 20
+
+
+def test_the_monitors_sample_of_mixed_files_is_whole_row_groups(parquet_folder):
+    """As it always was, because these cost the least to read."""
+    images, _ = load_splits(str(parquet_folder))
+    order = np.random.default_rng([*b"sample"]).permutation(9)
+    assert not images.is_sorted()
+    assert images.sample(30) == [row for g in order for row in range(*images.first_row[[g, g + 1]])][:30]
+
+
+@pytest.mark.parametrize(
+    "rows, row_groups, limit, flag, window, mixed",
+    [(100, 40, 5e8, None, 800, 8), (900, 6, 5e8, None, 3600, 4), (900, 6, 1e6, None, 900, 1), (900, 6, 5e8, 50, 50, 1)],
+)
+def test_a_window_mixes_at_least_four_row_groups(
+    tmp_path, monkeypatch, capsys, rows, row_groups, limit, flag, window, mixed
+):
+    """Row groups of 900 photographs are what `datasets` writes. The classes of a batch are counted, not computed."""
+    labels = [i // 100 for i in range(rows * row_groups)]
+    folder = write_groups(tmp_path / "train.parquet", [b"x" * 1000] * len(labels), labels, rows=rows)
+    pq.write_table(pq.read_table(tmp_path / "train.parquet"), tmp_path / "train.parquet", rows, compression="none",
+                   use_dictionary=["label"])  # fmt: skip
+    monkeypatch.setattr("moco.data.parquet.WINDOW_BYTES", limit)
+    images, order = load_splits(folder)[0], Order(256, 0, window=flag)
+    assert images.order_state(order)["window"] == images.window(order) == window
+    batches = itertools.islice(images.training_rows(order, 0), len(labels) // 256)
+    seen = [len({labels[row] for _, row in batch}) for batch, _ in batches]
+    images.print_order(order)
+    said = capsys.readouterr().out
+    assert f"{window} rows are shuffled at a time: {mixed} of {row_groups} row groups" in said
+    assert ("--shuffle-window mixes more" in said) == (mixed < 4)
+    about = int(re.search(r"about (\d+) of (\d+) classes", said)[1])
+    assert about == pytest.approx(np.mean(seen), rel=0.2, abs=1)
 
 
 def test_labels_are_told_by_the_footers_or_counted_on_disk(parquet_folder, tmp_path, monkeypatch):
@@ -286,6 +385,8 @@ def test_a_run_from_the_hub_with_faults_has_the_metrics_of_one_from_disk(hub, pa
     assert metrics[0] == metrics[1] and len(metrics[0]) == 5
     assert ("GET", "/api/datasets/some/one/revision/v1.0", None) in hub.requests
     assert {path.split("/")[5] for path in hub.resolves() if path.endswith(".parquet")} == {COMMIT}
+    for file in ("args.json", "backbone/config.json"):
+        assert f'"data_commit": "some/one@{COMMIT}"' in (tmp_path / "remote" / file).read_text()
 
 
 def test_a_gated_dataset_is_refused_in_one_line(hub, tmp_path):

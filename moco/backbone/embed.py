@@ -19,8 +19,9 @@ def embed(backbone, known, data, target, workers=2):
     """Write the features of `data` under a backbone to the parquet file `target`, and a picture beside it.
 
     backbone, known: what `load_backbone` gave. data: what `load_splits` takes; of several splits the one to train on.
-    Columns: "file" (a name or a row number), "label" if there are labels, and "feature", float32, not normalised. The
-    crops are those of evaluations, at the size that the backbone was trained at. Raises UserError as these do.
+    Columns: "file" (a name or a row number), "label" if there are labels, whatever they are, and "feature", float32,
+    not normalised. The crops are those of evaluations, at the size that the backbone was trained at. Raises UserError
+    as these do.
     """
     target = Path(target)
     if target.suffix != ".parquet" or target.exists():
@@ -30,7 +31,7 @@ def embed(backbone, known, data, target, workers=2):
     images, _ = load_splits(data)
     rows, has_label, size = range(len(images)), "label" in images.column_names, known.get("image_size", 224)
     mean, std = known.get("mean", MEAN), known.get("std", STD)
-    features, labels, failed = Features(backbone, size, mean, std, workers, accelerator).all(images, rows)
+    features, _, failed = Features(backbone, size, mean, std, workers, accelerator).all(images.without_labels(), rows)
     name_undecodable(failed, set(), accelerator, "the feature of its neighbour stands in its place")
     columns = {name: [] for name in ("file", *(["label"] if has_label else []))}
     for row in rows:  # once more, because an undecodable image keeps its own name and label
@@ -41,7 +42,7 @@ def embed(backbone, known, data, target, workers=2):
     columns["feature"] = pa.FixedSizeListArray.from_arrays(features.flatten().cpu().numpy(), features.shape[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), target)
-    save_neighbours_of(images, F.normalize(features, dim=1), labels if has_label else None, target.with_suffix(".png"))
+    save_neighbours_of(images, F.normalize(features, dim=1), columns.get("label"), target.with_suffix(".png"))
 
 
 def save_neighbours_of(images, features, labels, path, queries=8, count=6):

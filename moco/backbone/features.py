@@ -139,13 +139,15 @@ def knn_monitor(encoder, train_set, test_set, size, mean, std, workers, accelera
     backbone = copy.deepcopy(encoder.backbone).eval()
     if test_set is None:
         held_out = min(MONITOR_QUERIES, max(1, len(train_set) // 5))
-        sample = train_set.sample(MONITOR_BANK + held_out)
-        test_set, queries, rows = train_set, sample[:held_out], sample[held_out:]
+        sample = train_set.sample(MONITOR_BANK + held_out, held_out)
+        query_set, bank_set = train_set.select_rows(sample[:held_out]), train_set.select_rows(sample[held_out:])
     else:
-        queries, rows = test_set.sample(MONITOR_QUERIES), train_set.sample(MONITOR_BANK)
+        query_set = test_set.select_rows(test_set.sample(MONITOR_QUERIES))
+        bank_set = train_set.select_rows(train_set.sample(MONITOR_BANK))
+    queries, rows = range(len(query_set)), range(len(bank_set))
     features = Features(backbone, size, mean, std, workers, accelerator)
-    bank, bank_labels, failed = features.bank(train_set, rows)
-    asked, labels, failed_too = features.all(test_set, queries)
+    bank, bank_labels, failed = features.bank(bank_set, rows)
+    asked, labels, failed_too = features.all(query_set, queries)
     classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
     k = default_k(len(rows))
     scores = knn_evaluate(asked, labels, bank, bank_labels, classes, [k], 0.07, accelerator)

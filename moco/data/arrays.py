@@ -91,9 +91,9 @@ class ImageRows(GroupedImages):
         """(smallest, largest) label."""
         return int(self.labels.min()), int(self.labels.max())
 
-    def select_groups(self, rows):
-        """These rows alone, in their own order, as a sequence of their own."""
-        return SelectedRows(self, np.sort(rows))
+    def select_rows(self, rows):
+        """These rows alone, in this order, as a sequence of their own."""
+        return SelectedRows(self, np.asarray(rows, np.int64))
 
     # ---- how it is read
 

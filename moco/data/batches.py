@@ -169,8 +169,20 @@ def ordered_rows(dataset, rows, size, workers):
     return [batch for turn in itertools.zip_longest(*parts, fillvalue=(0, [], [])) for batch in turn]
 
 
+THIN = 32  # times longer than wide; below that the whole image is resized, which costs little
+
+
 def center_crop(image, size):
-    """(H, W, C) array -> (size, size, C) tensor of its type: the centre of the image resized to size * 256 / 224."""
+    """(H, W, C) array -> (size, size, C) tensor of its type: the centre of the image resized to size * 256 / 224.
+
+    Of a thin image only the middle is resized, so that memory follows the crop.
+    """
+    height, width = image.shape[:2]
+    top, left = (height - 4 * width) // 2, (width - 4 * height) // 2
+    if height > THIN * width:
+        image = image[top : top + 4 * width]
+    elif width > THIN * height:
+        image = image[:, left : left + 4 * height]
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     height, width = image.shape[:2]
     short = round(size * 256 / 224)

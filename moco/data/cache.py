@@ -5,9 +5,11 @@ would save more than keeping what came first.
 """
 
 import contextlib
+import hashlib
 import itertools
 import multiprocessing
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -18,6 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 from moco.data.hub import hub_file, is_remote, read_range, say
 from moco.errors import explained, first_line
 
+LONGEST_NAME = 200  # bytes; file systems take 255
 FREE_SHARE = 0.1  # of the disk, which a cache without a limit leaves free
 
 
@@ -37,6 +40,15 @@ def read_ranges(path, name, ranges, cache, traffic):
         cache.keep(file, data)
     firsts = itertools.accumulate(lengths, initial=0)
     return {start: data[at : at + length] for (start, _), at, length in zip(ranges, firsts, lengths)}
+
+
+def file_name(part):
+    """A name for a file or folder: of a part of a path with "/" as "--", and no two parts have the same one."""
+    name = quote(part)
+    if re.search("--|-/|/-", name):  # "a/b" and "a--b" must not be one
+        name = name.replace("-", "%2D")
+    name = name.replace("/", "--")
+    return name if len(name) <= LONGEST_NAME else hashlib.sha256(name.encode()).hexdigest()
 
 
 class RowGroupCache:
@@ -62,7 +74,7 @@ class RowGroupCache:
     def path_of(self, path, name):
         """The path of the file that keeps a part of a file on the Hub."""
         repository, revision, file = hub_file(path)
-        return self.folder.joinpath(*(quote(part.replace("/", "--")) for part in (repository, revision, file, name)))
+        return self.folder.joinpath(*map(file_name, (repository, revision, file, name)))
 
     def read(self, path, length):
         """The `length` bytes that a path keeps, or None. A damaged file is reported and removed."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 from accelerate.utils import gather_object
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 from moco.augment import cut_crops
@@ -20,18 +20,23 @@ from moco.errors import UserError, first_line
 # The formats that Pillow may read. It knows many more, some by programs that an image could give orders to: it hands
 # EPS to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-JPEG = b"\xff\xd8"  # the first bytes of such a file
+JPEG, JPEG_SCAN, JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"  # its first bytes, a marker inside, the last bytes
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million, above which Pillow refuses: headers of small files claim more
+MAX_ASPECT = 1000  # sides of an image beyond which it is none: resized, it would take gigabytes
 MAX_UNDECODABLE = 0.05  # share of the images of an epoch above which the data is at fault, not some files
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles and texts are above 1 MB
 UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
+# Its plugins raise these, too.
+PLUGINS_RAISE = (RuntimeError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError)
 
 
 def decode_image(record):
     """An encoded image, {"bytes", "path"}, of which one may be None -> (H, W, 3) uint8 array; an array stays as it is.
 
     JPEGs are decoded by simplejpeg, bit for bit as by Pillow and faster; what it refuses (CMYK, damage) and every other
-    format by Pillow. Gray, palette and 16-bit images become RGB of 8 bits; what is transparent shows white, as in a
-    browser. Raises one of UNDECODABLE, also for a row without an image, or one that is such an error already.
+    format by Pillow. Gray, palette and 16-bit images become RGB of 8 bits; of 16 bits these are the highest, or those
+    below record["bits"] if it is there. What is transparent shows white, as in a browser. Raises one of UNDECODABLE,
+    also for a row without an image, or one that is such an error already.
     """
     if isinstance(record, np.ndarray):
         return record
@@ -39,23 +44,24 @@ def decode_image(record):
     if data[:2] == JPEG:
         try:
             jpeg_size(data)
-            return simplejpeg.decode_jpeg(data)
+            return decode_jpeg(data)
         except ValueError:
             pass
     try:
         with open_image(data) as image:
-            return rgb_of(image)
-    except (RuntimeError, EOFError, struct.error, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise OSError(first_line(error)) from error  # Pillow's plugins raise these, too, for damaged files
+            check_size(image.height, image.width)
+            return rgb_of(image, record.get("bits"))
+    except PLUGINS_RAISE as error:
+        raise OSError(first_line(error)) from error
 
 
-def rgb_of(image):
-    """A Pillow image of any mode -> (H, W, 3) uint8 array."""
+def rgb_of(image, bits=None):
+    """A Pillow image of any mode -> (H, W, 3) uint8 array. bits: of gray pixels that are stored in 16, if known."""
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers, of unknown range")
     if image.mode.startswith("I"):  # 16-bit gray, which convert() would clip at 255; "I" may be less
         gray = np.asarray(image)
-        gray = gray >> 8 if image.mode != "I" or gray.max() > 255 else gray
+        gray = gray >> ((bits or (16 if image.mode != "I" or gray.max() > 255 else 8)) - 8)
         return np.repeat(gray.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -81,12 +87,20 @@ def open_image(data):
         raise OSError(f"no image in a format that is read here ({', '.join(FORMATS)})") from error
 
 
-def is_transparent(record):
-    """Whether an encoded image has transparent pixels, as far as its header says; False if it cannot be read."""
+def traits(record):
+    """What is uncommon in an encoded image, (is_transparent, lacks_end, largest).
+
+    is_transparent: as far as its header says. lacks_end: it is a JPEG without an end marker. largest: its largest value
+    if it is gray of 16 bits, otherwise None.
+    """
     try:
-        return bool(open_image(encoded_bytes(record)).has_transparency_data)
-    except UNDECODABLE:
-        return False
+        data = encoded_bytes(record)
+        image = open_image(data)
+        lacks_end = data[:2] == JPEG and data.rfind(JPEG_END) < data.rfind(JPEG_SCAN)
+        is_gray = image.mode.startswith("I") and image.width * image.height <= MAX_PIXELS
+        return bool(image.has_transparency_data), lacks_end, int(np.asarray(image).max()) if is_gray else None
+    except (*UNDECODABLE, *PLUGINS_RAISE):
+        return False, False, None
 
 
 @functools.cache
@@ -96,12 +110,27 @@ def known_formats():
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+def decode_jpeg(data, **scale):
+    """simplejpeg's decode_jpeg, also of a file that lacks nothing but its end marker. Raises ValueError for damage."""
+    try:
+        return simplejpeg.decode_jpeg(data, **scale)
+    except ValueError:
+        return simplejpeg.decode_jpeg(data + JPEG_END, **scale)
+
+
 def jpeg_size(data):
     """(height, width) from a JPEG's header. Raises ValueError if it is damaged or too large to decode."""
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    check_size(height, width)
+    return height, width
+
+
+def check_size(height, width):
+    """Raise ValueError for a size that no image has, and that would take too much memory."""
     if height * width > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-    return height, width
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def decode_crops(record, draw_boxes, sizes):
@@ -122,14 +151,14 @@ def decode_crops(record, draw_boxes, sizes):
             room = (boxes[:, 2:].min(axis=1) / sizes).min()
             factor = next((factor for factor in (8, 4, 2) if room >= factor), 1)
             if factor == 1:
-                return cut_crops(simplejpeg.decode_jpeg(data), boxes, sizes)
+                return cut_crops(decode_jpeg(data), boxes, sizes)
             least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
-            image = simplejpeg.decode_jpeg(data, **least)
+            image = decode_jpeg(data, **least)
             ends = (boxes[:, :2] + boxes[:, 2:]) / factor
             starts, ends = np.rint(boxes[:, :2] / factor).astype(int), np.rint(ends).astype(int)
             boxes = np.concatenate([starts, np.minimum(ends, image.shape[:2]) - starts], axis=1)
             return cut_crops(image, boxes, sizes)
-    image = decode_image({"bytes": data, "path": None})
+    image = decode_image(record | {"bytes": data})
     return cut_crops(image, draw_boxes(*image.shape[:2]), sizes)
 
 

@@ -14,29 +14,35 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 SUFFIXES = (*IMG_EXTENSIONS, ".gif")
 TRAIN = ("train", "training")
 TEST = ("validation", "valid", "val", "dev", "eval", "test", "testing")  # the first that is there is taken
+UNLABELED = ("unlabeled", "unlabelled", "unsupervised")  # no class beside a folder of training images
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what `datasets` reads labels from
 
 
-def folder_splits(name):
+def folder_splits(name, split=None):
     """{split: data set} of a folder of images, or None if it holds something else, which `datasets` may read.
 
-    Folders are splits if the names of all are in TRAIN or TEST, or if there are names of both kinds. A data set has the
-    column "image" and, if there are several folders in the split, "label", the number of the folder among those of
-    training in alphabetical order, however deep below it an image lies. What was found is printed, and what is left
-    out: files that are no images, images beside splits, and labels of classes that are not trained on.
+    split: the folder to train on, if the user named one. Folders are splits if it is one of them, if the names of all
+    are in TRAIN, TEST or UNLABELED, or if there are names of both TRAIN and TEST. A data set has the column "image"
+    and, if there are several folders in the split, "label", the number of the folder among those of training in
+    alphabetical order, however deep below it an image lies. What was found is printed, and what is left out: files that
+    are no images, images beside splits, and labels of classes that are not trained on.
     """
     images, others, skipped = list_files(os.path.abspath(name))
-    if not images or any(path.endswith(".parquet") or Path(path).stem == "metadata" for path in others):
+    if not images or any(path.endswith(".parquet") or os.path.basename(path) in METADATA for path in others):
         if images and any(path.endswith(".parquet") for path in others) and PartialState().is_main_process:
             print(f"found   parquet files in {name}; {len(images)} image files beside them are left out")
         return None
     root = os.path.commonpath({os.path.dirname(path) for path in images})
     splits = by_folder(images, root)
-    kinds = {"train" if part.lower() in TRAIN else "test" if part.lower() in TEST else "" for part in splits if part}
-    if "" in kinds and kinds != {"", "train", "test"}:
+    kinds = {kind_of_split(part) for part in splits if part}
+    if split not in splits and "" in kinds and not {"train", "test"} <= kinds:
         splits, kinds = {"": images}, set()
     beside = splits.pop("") if kinds and "" in splits else []
     classes = {split: by_folder(paths, os.path.join(root, split) if split else root) for split, paths in splits.items()}
-    trained = next((found for split, found in classes.items() if split.lower() in TRAIN), next(iter(classes.values())))
+    train = (
+        split if split in classes else next((part for part in classes if part.lower() in TRAIN), next(iter(classes)))
+    )
+    trained = classes[train]
     names = sorted(trained) if len(trained) > 1 and "" not in trained else None
     extra_classes = {split: sorted(set(found) - set(names or found) - {""}) for split, found in classes.items()}
     if PartialState().is_main_process:
@@ -46,6 +52,12 @@ def folder_splits(name):
         split.lower() or "train": image_rows(found, None if extra_classes[split] else names)
         for split, found in classes.items()
     }
+
+
+def kind_of_split(name):
+    """What a folder of this name holds: "train", "test", "unlabeled", or "" for anything else."""
+    kinds = {"train": TRAIN, "test": TEST, "unlabeled": UNLABELED}
+    return next((kind for kind, names in kinds.items() if name.lower() in names), "")
 
 
 def print_found(name, classes, names, root):

@@ -27,6 +27,7 @@ from moco.errors import explained, first_line
 from moco.jsonfile import write_json
 
 TIMEOUT = 20  # seconds without a byte after which a connection is given up and tried again
+SLOWEST = 1_000  # bytes a second, over as long, below which it is given up as well
 RETRIES, LONGEST_WAIT = 20, 64  # waits of 1, 2, 4 ... 64, 64 seconds, beside huggingface_hub's own: about 25 minutes
 RETRIED = (408, 425, 429, *range(500, 600))  # everything but refusals
 RESOLVES, WINDOW = 5_000, 300  # what the Hub serves a free account, in so many seconds
@@ -108,8 +109,11 @@ def address_of(path, refused, traffic):
     with WeakFileLock(file.with_suffix(".lock")):  # the others wait here, and then find the new address
         if address := known():
             return address
-        address = huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT, retry_on_errors=True).location
         traffic.add("resolves")
+        metadata = huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT, retry_on_errors=True)
+        address = metadata.location
+        if metadata.commit_hash is None and is_same_host(address, url):  # a login page, or a proxy's
+            raise OSError("a page that is not the Hub's in answer to a resolve")
         try:
             write_json(file, address)
         except OSError as error:
@@ -145,7 +149,7 @@ def is_remote(path):
 @contextlib.contextmanager
 def readable(what, remedy):
     """Turn every exception of reading something into a UserError that says what to do."""
-    login = "accept the dataset's terms on its page, then `hf auth login`"
+    login = "accept the dataset's terms on its page, then `hf auth login`; a run that was begun goes on with --resume"
     with (
         explained(f"{what} cannot be read", remedy, alone=True),
         explained(f"{what} is refused", login, GatedRepoError, RepositoryNotFoundError, alone=True),
@@ -179,6 +183,8 @@ def read_hub(path, start, end, traffic):
         except Exception as error:  # refused, ended, broken off, another range: the Hub may know a better address
             if wait is None or isinstance(error, HfHubHTTPError) and error.response.status_code not in RETRIED:
                 raise  # the Hub's own refusal
+            if type(error).__name__ == "TooManyRedirects":  # to itself, which will not end
+                raise
         if address:
             refused = address
             traffic.add("refused")
@@ -187,17 +193,35 @@ def read_hub(path, start, end, traffic):
 
 def read_address(address, start, end, url, traffic):
     """Do what `read_range` does by one request, which has the user's token if it is to the Hub, as `url` is."""
-    on_hub = urlsplit(address)[:2] == urlsplit(url)[:2]
+    on_hub = is_same_host(address, url)
     traffic.add("resolves", on_hub)
     asked = f"bytes={start}" if start < 0 else f"bytes={start}-{end - 1}"
     headers = build_hf_headers(token=None if on_hub else False) | {"Range": asked, "Accept-Encoding": "identity"}
     with get_session().stream("GET", address, headers=headers, timeout=TIMEOUT) as response:
         size = size_of(response, start, end)  # before the rest is read, which may be the whole file
-        data = response.read()
+        data = b"".join(steady(response.iter_raw()))
     first, last = span(start, end, size)
     if len(data) != last - first:
         raise OSError(f"{len(data)} bytes in answer to {asked}")
     return data, size
+
+
+def is_same_host(address, url):
+    """Whether two addresses are of one host."""
+    return urlsplit(address)[:2] == urlsplit(url)[:2]
+
+
+def steady(chunks):
+    """The same chunks of bytes. Raises OSError if fewer than SLOWEST a second come for TIMEOUT seconds."""
+    began, received = time.monotonic(), 0
+    for chunk in chunks:
+        yield chunk
+        received += len(chunk)
+        seconds = time.monotonic() - began
+        if seconds > TIMEOUT:
+            if received < SLOWEST * seconds:
+                raise OSError(f"{received} bytes in {seconds:.0f} seconds")
+            began, received = time.monotonic(), 0
 
 
 def size_of(response, start, end):

@@ -1,31 +1,26 @@
 """A data name becomes rows of encoded images: the built-in shapes, a folder of images, or a dataset on the Hub."""
 
 import hashlib
-import itertools
-import json
 import os
-import re
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from moco.data.arrays import ImageRows
 from moco.data.cache import RowGroupCache
-from moco.data.decode import is_transparent, read_image
-from moco.data.folder import TEST, TRAIN, folder_splits
-from moco.data.hub import RESOLVES, WINDOW, Traffic, download, is_remote, shared_folder
-from moco.data.parquet import ParquetImages, read_footers
-from moco.data.shapes import shapes_dataset
+from moco.data.decode import UNDECODABLE, decode_image, name_of, traits
+from moco.data.find import find_splits
+from moco.data.hub import RESOLVES, WINDOW, Traffic, is_remote
+from moco.data.parquet import ParquetImages, features_of, read_footers
 from moco.errors import UserError, explained, first_line
-from moco.jsonfile import write_json
 
-MAX_CLASSES = 1_000_000  # numbers beyond are no labels
 LOOKED_AT = 64  # images whose headers are read at the start
+DEPTHS = (8, 12)  # bits that 16-bit images are taken to have, if no pixel of those looked at is above
 STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
 
 
@@ -40,18 +35,26 @@ class IndexedImages(ImageRows):
 
     channels, dtype = 3, np.dtype(np.uint8)  # as `decode_image` makes them
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, commit=None, bits=None):
+        self.commit, self.bits = commit, bits
         self.dataset, self.features, self.column_names = dataset, dataset.features, dataset.column_names
 
-    def select_groups(self, rows):
-        """These rows alone, in their own order, as a sequence of their own."""
-        return IndexedImages(self.dataset.select(np.sort(rows)))
+    def select_rows(self, rows):
+        """These rows alone, in this order, as a sequence of their own."""
+        return IndexedImages(self.dataset.select(rows), self.commit, self.bits)
+
+    def without_labels(self):
+        """The same images, and nothing else."""
+        return IndexedImages(self.dataset.select_columns("image"), self.commit, self.bits)
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, row):
-        return self.dataset[row]
+        values = self.dataset[row]
+        if self.bits and values["image"]:
+            values["image"]["bits"] = self.bits
+        return values
 
     def fingerprint(self):
         """Of what a run depends on: names and sizes of files, or rows and columns. The same wherever the data lies.
@@ -72,8 +75,9 @@ class IndexedImages(ImageRows):
 
     def label_range(self):
         """(smallest, largest) label, a missing one as -1."""
-        labels = np.asarray(self.dataset["label"])
-        return (int(labels.min()), int(labels.max())) if labels.dtype.kind in "iu" else (-1, 0)
+        column = self.dataset.select_columns("label").with_format("arrow")[:]["label"]  # at once, not row by row
+        smallest, largest = pc.min_max(column).as_py().values() if pa.types.is_integer(column.type) else (None, None)
+        return (-1, 0) if smallest is None else (-1 if column.null_count else smallest, largest)
 
 
 def size_of(path):
@@ -85,21 +89,25 @@ def size_of(path):
 
 
 def load_splits(
-    name, image_column=None, label_column=None, revision=None, no_streaming=False, cache=None, cache_gb=None
-):
+    name, image_column=None, label_column=None, revision=None, config=None, split=None, no_streaming=False, cache=None,
+    cache_gb=None, commit=None,
+):  # fmt: skip
     """The images that `name` stands for, as (train, test) sequences of rows; test is None if there is no such split.
 
     name: "shapes"; a folder (of images, see `folder_splits`; or of parquet files; or what `save_to_disk` wrote); or
-    USER/NAME on the Hub. revision: of a Hub name, None for main.
+    USER/NAME on the Hub. revision: of a Hub name, None for main. config: the configuration of a dataset that has
+    several. split: to train on, None for that of training. commit: USER/NAME@COMMIT that a resumed run was begun on.
     Parquet files are read by row group (ParquetImages), on the Hub or with no_streaming after they were downloaded.
     Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets` is
     downloaded or converted once a machine, and kept on disk. cache: a folder that keeps what is streamed from the Hub,
     at most cache_gb GB (None: as RowGroupCache has it), or None for no cache.
-    All processes call it together. Raises UserError for a name, folder or column that does not exist.
+    All processes call it together. Raises UserError for a name, folder, column or split that does not exist.
     """
     here = name not in ("", "shapes") and Path(name).is_dir()
     if revision is not None and (here or name == "shapes"):
         raise UserError(f"--revision {revision} names a version on the Hub, which --data {name} is not; leave it out")
+    if name == "shapes" and (config or split):
+        raise UserError(f"--data shapes has no --config and no --split to choose: leave {config or split} out")
     if cache_gb and not cache:
         raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
     kinds = (OSError, ValueError, datasets.exceptions.DatasetsError)
@@ -108,100 +116,101 @@ def load_splits(
         explained(f"--data {name} cannot be read as images", "docs/data.md says what can", *kinds),
         explained(f"--data {name} is not open to you", terms, datasets.exceptions.DatasetNotFoundError),
     ):
-        splits = find_splits(name, here, revision, not no_streaming)
+        splits, features, commit = find_splits(name, here, revision, config, split, commit, not no_streaming)
         if isinstance(splits[0], list):
-            splits = parquet_splits(name, splits, image_column, label_column, cache, cache_gb)
-    splits = tuple(
-        IndexedImages(select_columns(split, name, image_column, label_column))
-        if isinstance(split, datasets.Dataset)
-        else split
-        for split in splits
-    )
-    if cache and splits[0].cache is None and PartialState().is_main_process:
+            splits = parquet_splits(name, splits, features, commit, image_column, label_column, cache, cache_gb)
+    train, test = [
+        IndexedImages(select_columns(part, name, image_column, label_column), commit)
+        if isinstance(part, datasets.Dataset)
+        else part
+        for part in splits
+    ]
+    is_main = PartialState().is_main_process
+    if test is not None and len(test) == 0:
+        test = None
+        if is_main:
+            print(f"data    the test split of {name} has no rows, and is left out")
+    if cache and train.cache is None and is_main:
         print(f"cache   not used, as {name} is not streamed from the Hub")
-    if name != "shapes" and isinstance(splits[0], IndexedImages) and PartialState().is_main_process:
-        looked_at = range(0, len(splits[0]), -(-len(splits[0]) // LOOKED_AT) or 1)
-        if transparent := sum(is_transparent(splits[0][row]["image"]) for row in looked_at):
-            print(f"        {transparent} of {len(looked_at)} images looked at have transparent pixels, shown on white")
-    return splits
-
-
-def find_splits(name, here, revision, streaming):
-    """(train, test): each a Hugging Face dataset, a list of paths of parquet files, or None.
-
-    here: whether `name` is a folder; otherwise it is on the Hub, or "shapes".
-    """
-    if name == "shapes":
-        with PartialState().local_main_process_first():  # drawn once a machine
-            return shapes_dataset("train"), shapes_dataset("test")
-    folder, downloads = Path(name), None if here else downloads_of(name, revision)
-    if not here and not check_hub_name(name, downloads, revision):
-        return json.loads(downloads.read_text())
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        splits = datasets.load_from_disk(name)
-    elif not here or not (splits := folder_splits(name)):
-        builder = datasets.load_dataset_builder(name, revision=revision)
-        splits = {str(split): list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
-        if not splits or not all(path.endswith(".parquet") for path in itertools.chain(*splits.values())):
-            if streaming and not here and PartialState().is_main_process:
-                print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
-            with PartialState().local_main_process_first():
-                builder.download_and_prepare()
-            splits = builder.as_dataset()
-    train, test = train_and_test({"train": splits} if isinstance(splits, datasets.Dataset) else splits)
-    if not here and isinstance(train, list):
-        train, test = broadcast_object_list([train, test])  # of one commit, even if there is a newer one by now
-        if not streaming:
-            with PartialState().local_main_process_first():
-                train, test = download(train), test and download(test)
-            if PartialState().is_local_main_process:
-                write_json(downloads, [train, test])
+    if name != "shapes":
+        bits = broadcast_object_list([look_at(train) if is_main else None])[0]
+        for part in (train, test):
+            if part is not None:
+                part.bits = bits
     return train, test
 
 
-def downloads_of(name, revision):
-    """Where a dataset's downloaded parquet files are listed, [train, test], for when the Hub cannot be reached."""
-    return shared_folder("downloads") / f"{hashlib.sha256(repr((name, revision)).encode()).hexdigest()[:40]}.json"
+def look_at(images):
+    """Print what is uncommon in some images, and return how many bits gray pixels have that are stored in 16, or None.
+
+    Of a stream they are those of the first row group.
+    """
+    is_stream = isinstance(images, ParquetImages)
+    records = [images[row]["image"] for row in rows_looked_at(images, groups=1 if is_stream else LOOKED_AT)]
+    found, of = [traits(record) for record in records], f"of {len(records)} images looked at"
+    transparent, without_end, largest = zip(*found) if found else ((), (), ())
+    if any(transparent):
+        print(f"        {sum(transparent)} {of} have transparent pixels, shown on white")
+    if any(without_end):
+        print(f"        {sum(without_end)} {of} are JPEGs without an end marker, and are decoded all the same")
+    largest = [value for value in largest if value is not None]
+    if not largest:
+        return None
+    bits = next((bits for bits in DEPTHS if max(largest) < 2**bits), 16)
+    print(f"        {len(largest)} {of} have 16 bits a pixel, of values up to {max(largest)}: scaled as {bits} bits")
+    return bits if bits < 16 else None
 
 
-def train_and_test(splits):
-    """Of {split: data}, what to train on and what to test on, or None; what is neither is named."""
-    train = next((split for split in TRAIN if split in splits), next(iter(splits)))
-    test = next((split for split in TEST if split in splits and split != train), None)
-    left_out = [split for split in splits if split not in (train, test)]
-    if left_out and PartialState().is_main_process:
-        print(f"data    split {train} to train on, {test or 'none'} to test on; left out: {', '.join(left_out)}")
-    return splits[train], splits.get(test)
+def rows_looked_at(images, groups):
+    """At most LOOKED_AT rows, at equal distances in so many groups at equal distances."""
+    count = len(images.rows_in_group)
+    for group in range(0, count, -(-count // groups) or 1):
+        low, high = images.first_row[[group, group + 1]].tolist()
+        yield from range(low, high, -(-(high - low) // max(1, LOOKED_AT // groups)) or 1)
 
 
-def parquet_splits(name, splits, image_column, label_column, cache, cache_gb):
-    """(train, test) as ParquetImages. splits: the paths of each one's files, or None.
+def parquet_splits(name, splits, card, commit, image_column, label_column, cache, cache_gb):
+    """(train, test) as ParquetImages. splits: the paths of each one's files, or None. card: features, or None.
 
     The main process reads the footers, in parallel, and shares them.
     """
     traffic, footers, remote = Traffic(), [None, None], is_remote(splits[0][0])
     if PartialState().is_main_process:
         footers = [paths and read_footers(paths, traffic) for paths in splits]
-    footers = broadcast_object_list(footers)
+    splits, footers = broadcast_object_list([splits, footers])
     cache = RowGroupCache(cache, cache_gb) if cache and remote else None
     images = [None, None]
     for i, paths in enumerate(splits):
         if paths is not None:
-            check_same_schema(paths, footers[i])
-            features = datasets.Features.from_arrow_schema(footers[i][0].schema.to_arrow_schema())
+            features = known_features(features_of(footers[i][0]), card)
             columns = choose_columns(features, name, image_column, label_column)
+            check_same_schema(paths, footers[i], columns[1])
             kind = features[columns[0]]
             fields = set(kind) if isinstance(kind, dict) else set()
-            if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and not {"bytes", "path"} <= fields:
+            if not isinstance(kind, datasets.Image) and "binary" not in str(kind) and "bytes" not in fields:
                 raise UserError(f"--image-column {columns[0]} of {name} does not hold images but {kind}")
-            images[i] = ParquetImages(paths, footers[i], *columns, traffic, cache)
+            images[i] = ParquetImages(paths, footers[i], *columns, traffic, cache, features, commit)
     if remote and PartialState().is_main_process:
         print_costs(*images, cache)
     return tuple(images)
 
 
-def check_same_schema(paths, footers):
-    """Raise UserError unless all files of a split have the columns of the first."""
+def known_features(features, card):
+    """Features of files, and where these do not know images or names of classes, those that the dataset card has."""
+    known = dict(features)
+    for column, feature in (card or {}).items():
+        plain = isinstance(features.get(column), (datasets.Value, dict))
+        is_number = plain and "int" in str(getattr(features[column], "dtype", ""))
+        if plain and isinstance(feature, datasets.Image if not is_number else datasets.ClassLabel):
+            known[column] = feature
+    return datasets.Features(known)
+
+
+def check_same_schema(paths, footers, label):
+    """Raise UserError unless all files of a split have the columns of the first, and name its classes in its order.
+
+    label: the column of labels, or None.
+    """
     first = footers[0].schema.to_arrow_schema()
     for path, footer in zip(paths, footers):
         columns = footer.schema.to_arrow_schema()
@@ -210,6 +219,13 @@ def check_same_schema(paths, footers):
                 f"{path} has the columns {str(columns.remove_metadata())!r:.120}, unlike {paths[0]}; they must be the"
                 " same in all files of a split"
             )
+        if label and columns.metadata != first.metadata:
+            names, expected = (getattr(features_of(each)[label], "names", None) for each in (footer, footers[0]))
+            if names and expected and names != expected:
+                raise UserError(
+                    f"{path} names the classes {str(names)!r:.60}, unlike {paths[0]} ({str(expected)!r:.60}), so one"
+                    " number would mean two classes; write both with the names in one order"
+                )
 
 
 def print_costs(train, test, cache):
@@ -226,36 +242,6 @@ def print_costs(train, test, cache):
         print("cache   off: every epoch reads everything again; --cache FOLDER keeps it")
     else:
         print(f"cache   {cache.folder}: {cache.forecast(size + (test.epoch_bytes() if test else 0))}")
-
-
-def check_hub_name(name, downloads=None, revision=None):
-    """Whether the Hub has to be asked for a name; False if it does not answer and `downloads` lists what is here.
-
-    Raises UserError at once for a name or revision that the Hub does not have, and if it does not answer and nothing is
-    here.
-    """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or ".." in name:
-        raise UserError(f"--data {name} is neither 'shapes', nor a folder here, nor of the Hub's form USER/NAME")
-    try:
-        huggingface_hub.HfApi().dataset_info(name, revision=revision, timeout=20)
-    except huggingface_hub.errors.RevisionNotFoundError as error:
-        raise UserError(f"--revision {revision} is not in {name} ({first_line(error)}); name another") from error
-    except huggingface_hub.errors.HfHubHTTPError as error:
-        raise UserError(
-            f"--data {name} is neither a folder here nor a dataset you can read on the Hub ({first_line(error)}); check"
-            f" the name, or if it is private or gated accept its terms on the Hub and run `hf auth login`"
-        ) from error
-    except Exception as error:  # no network, no answer, offline mode: each client library has its own exceptions
-        if downloads and downloads.exists():
-            return False
-        try:
-            datasets.load.CachedDatasetModuleFactory(name).get_module()
-        except FileNotFoundError:
-            raise UserError(
-                f"--data {name} is neither a folder here nor downloaded before, and the Hub cannot be reached"
-                f" ({first_line(error)}); once it can: accept the dataset's terms there if it asks, `hf auth login`"
-            ) from error
-    return True
 
 
 def choose_columns(features, name, image_column, label_column):
@@ -291,53 +277,14 @@ def check_trainable(train_set, batch_size, name):
     """Raise UserError unless there is a batch of images, and one that can be decoded."""
     if len(train_set) < batch_size:
         raise UserError(f"--data {name} has {len(train_set)} images, fewer than a batch of {batch_size}")
-    read_image(train_set, 0)
-
-
-def label_kind(dataset):
-    """The type of the labels in a word, "int64" or such where they are whole numbers."""
-    feature = dataset.features.get("label")
-    return str(getattr(feature, "dtype", type(feature).__name__))
-
-
-def has_labels(dataset):
-    """Whether each image has a whole number from 0 on as its label, as far as can be told without reading."""
-    if not label_kind(dataset).startswith(("int", "uint")):
-        return False
-    found = dataset.label_range()
-    return found is None or 0 <= found[0] <= found[1] < MAX_CLASSES
-
-
-def count_classes(train_set, test_set, name):
-    """The number of classes. Raises UserError if images have no labels that a classifier could learn."""
-    if "label" not in train_set.column_names:
-        raise UserError(f"--data {name} has no labels, which a linear probe needs; --label-column may name a column")
-    if test_set is not None and "label" not in test_set.column_names:
-        raise UserError(f"--data {name} has labels for training but none for validation; both must have them")
-    splits = [split for split in (train_set, test_set) if split is not None]
-    names = [getattr(split.features["label"], "names", None) for split in splits]
-    if names[0] != names[-1]:
-        raise UserError(
-            f"--data {name}: training (with {len(names[0] or ())} named classes) and validation"
-            f" ({len(names[-1] or ())}) must name the same classes in the same order"
-        )
-    for split in splits:
-        kind = label_kind(split)
-        if not kind.startswith(("int", "uint")):
-            raise UserError(f"--data {name} has labels of type {kind}; they must be whole numbers from 0 on")
-    ranges = [split.label_range() for split in splits]
-    if None in ranges and not names[0]:
-        raise UserError(
-            f"--data {name} names no classes, and its files do not say in their footers how many labels there are;"
-            " --no-streaming downloads them, and counts"
-        )
-    known = [found for found in ranges if found]
-    low, high = min((low for low, _ in known), default=0), max((high for _, high in known), default=0)
-    classes = len(names[0]) if names[0] else high + 1
-    if classes > MAX_CLASSES:
-        raise UserError(f"--data {name} has labels up to {high}; {MAX_CLASSES} classes are the most")
-    if low < 0 or high >= classes:
-        raise UserError(
-            f"--data {name} has labels from {low} to {high} for {classes} classes: some images are not labelled"
-        )
-    return classes
+    failed, groups = [], 4 if isinstance(train_set, ParquetImages) else LOOKED_AT
+    for row in rows_looked_at(train_set, groups):  # before anything searches all of the data for one that can be
+        values = train_set[row]
+        try:
+            decode_image(values["image"])
+            return
+        except UNDECODABLE as error:
+            failed.append(f"{name_of(values, row)}: {first_line(error)}")
+    raise UserError(
+        f"none of the {len(failed)} images of --data {name} that were looked at can be decoded; the first: {failed[0]}"
+    )

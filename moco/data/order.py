@@ -13,14 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco.errors import UserError
-
 
 class Order(NamedTuple):
     """What the order of the training images depends on, besides their number and their row groups.
 
     batch_size: over all processes. rank: of `world` processes. The rest is for streams alone. workers: of a process.
-    window: rows that are shuffled at a time.
+    window: rows that are shuffled at a time, None for as many as `ParquetImages.window` finds right.
     """
 
     batch_size: int
@@ -28,7 +26,7 @@ class Order(NamedTuple):
     rank: int = 0
     world: int = 1
     workers: int = 0
-    window: int = 800
+    window: int | None = None
 
     @property
     def share(self):
@@ -42,12 +40,15 @@ class Order(NamedTuple):
 
 
 class GroupedImages:
-    """A sequence of rows that lie in groups, which are read at once: what is chosen of it is whole groups.
+    """A sequence of rows that lie in groups, each of which is read at once.
 
-    rows_in_group: how many rows each has. A subclass has `select_groups`.
+    rows_in_group: how many rows each has. A subclass has `select_rows`, which makes a sequence of some rows alone.
+    commit: USER/NAME@COMMIT of a dataset on the Hub, otherwise None. bits: of gray pixels that are stored in 16 bits,
+    if they have fewer, otherwise None.
     """
 
     channels, dtype = 3, np.dtype(np.uint8)  # of a decoded image
+    commit = bits = None
 
     def __init__(self, rows_in_group):
         self.rows_in_group = np.asarray(rows_in_group, dtype=np.int64)
@@ -60,8 +61,11 @@ class GroupedImages:
         """The group that each of `rows` is in."""
         return np.searchsorted(self.first_row, rows, "right") - 1
 
-    def sample(self, n):
-        """A fixed sample of n rows, or all if there are fewer: those of random groups."""
+    def sample(self, n, held_out=0):
+        """A fixed sample of n rows, or all if there are fewer: those of random groups.
+
+        held_out: how many of the first rows are to be held out of the others.
+        """
         rows = []
         for group in np.random.default_rng([*b"sample"]).permutation(len(self.rows_in_group)):
             if len(rows) >= n:
@@ -78,19 +82,23 @@ class GroupedImages:
         cuts = starts[np.searchsorted(starts, np.arange(parts + 1) * len(rows) // parts)].tolist()
         return [(low, rows[low:high]) for low, high in zip(cuts, cuts[1:])]
 
-    def hold_out(self, images, purpose, seed):
-        """(the rest, at least `images` rows): random groups. Raises UserError if there are too few of them.
+    def choose(self, n, rng):
+        """n rows to hold out of the others: any."""
+        return rng.permutation(len(self))[:n]
 
-        purpose: bytes that tell this choice from others.
-        """
-        groups = np.random.default_rng([*purpose, seed]).permutation(len(self.rows_in_group))
-        count = int(np.searchsorted(self.rows_in_group[groups].cumsum(), images)) + 1
-        if count >= len(groups):
-            raise UserError(
-                f"the training data has {len(groups)} row groups, too few to hold {images} of {len(self)} images out;"
-                " of what `datasets` saves with save_to_disk, given as --data FOLDER, single images are held out"
-            )
-        return self.select_groups(groups[count:]), self.select_groups(groups[:count])
+    def hold_out(self, images, purpose, seed):
+        """(the rest, `images` rows), each a sequence of its own. purpose: bytes that tell this choice from others."""
+        held_out = np.sort(self.choose(images, np.random.default_rng([*purpose, seed])))
+        return self.select_rows(np.delete(np.arange(len(self)), held_out)), self.select_rows(held_out)
+
+    def print_order(self, order):
+        """Print how well the order mixes: rows that can be read one by one are shuffled as a whole."""
+
+
+def even_rows(rows, n, rng):
+    """n of so many rows, in order: a random one of each of n parts of equal length."""
+    starts = np.arange(n + 1) * rows // n if n else np.zeros(1, int)
+    return starts[:-1] + rng.integers(0, np.diff(starts))
 
 
 # ---- as a whole, for rows that can be read one by one

@@ -2,10 +2,10 @@
 
 Training reads them as `stream_rows` says. Evaluation reads in order: each worker of each process reads some row groups
 that lie together, and no row group is read twice. A worker holds the row groups of its window and of the next, which it
-reads ahead: about 2 x --shuffle-window x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet, or two row groups if
-these are larger.
+reads ahead: about 2 x the window's rows x bytes an image, 2 x 800 x 110 kB = 176 MB for ImageNet.
 """
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -15,18 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moco.data.cache import read_ranges
 from moco.data.hub import is_remote, read_range
-from moco.data.order import GroupedImages, stream_rows
-from moco.errors import UserError
+from moco.data.order import GroupedImages, even_rows, stream_rows
+from moco.errors import UserError, explained
 
 READERS = 4  # row groups a worker reads at a time
 FOOTER_READERS = 16  # footers a process reads at a time
 FOOTER_BYTES = 2**16  # guess of a footer's size; a second request fetches the rest of a larger one
+LARGEST_CHUNK = 2**31 - 2**20  # bytes of a column in a row group: pyarrow reads no nested column beyond 2 GB at once
+WINDOW, MIXED = 800, 4  # rows that are shuffled at a time at least, and row groups
+WINDOW_BYTES = 5e8  # that these row groups may take: a worker holds two windows
 
 
 # ---- files
@@ -68,6 +72,29 @@ def read_footer(path, traffic):
     return pq.read_metadata(pa.BufferReader(tail))
 
 
+def features_of(footer):
+    """The features of a file's columns, as its schema has them."""
+    return datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
+
+
+def status_of(path):
+    """What changes when a file on disk is replaced; None on the Hub, where a commit's files stay what they are."""
+    return None if is_remote(path) else (os.stat(path).st_size, os.stat(path).st_mtime_ns)
+
+
+@contextlib.contextmanager
+def unchanged(path, status):
+    """Raise UserError, whatever else goes wrong inside, if a file no longer has the status that it had."""
+    try:
+        yield
+    finally:
+        if is_remote(path) is False and (not os.path.exists(path) or status_of(path) != status):
+            raise UserError(
+                f"{path} was changed or removed while this run reads it; put back what was there, and go on with"
+                " --resume", alone=True,
+            )  # fmt: skip
+
+
 def read_footers(paths, traffic):
     """The metadata of parquet files, of which FOOTER_READERS are read at a time."""
     with ThreadPoolExecutor(FOOTER_READERS) as pool:
@@ -81,66 +108,167 @@ class ParquetImages(GroupedImages):
     """Parquet files as a sequence of {"image": {"bytes", "path"}, "label"}, read by row group when asked for.
 
     paths: on disk or hf://. footers: what `read_footers` gave. image_column, label_column (or None): their names.
-    traffic: counts what is read. cache: a RowGroupCache, or None.
+    traffic: counts what is read. cache: a RowGroupCache, or None. features: of the columns, if the files' own schema
+    does not say. commit: see GroupedImages.
     Its rows are cheap to ask for in an order that stays within few row groups: the last one read is kept, and those
-    that `keep` names are read ahead and kept.
+    that `keep` names are read ahead and kept. Raises UserError for row groups that are too large to be read.
     """
 
-    def __init__(self, paths, footers, image_column, label_column, traffic, cache=None):
-        self.paths, self.footers, self.traffic, self.cache = paths, footers, traffic, cache
+    def __init__(
+        self, paths, footers, image_column, label_column, traffic, cache=None, features=None, commit=None
+    ):  # fmt: skip
+        self.paths, self.footers, self.traffic, self.cache, self.commit = paths, footers, traffic, cache, commit
         self.columns = [image_column] + ([label_column] if label_column else [])
         self.column_names = ["image"] + (["label"] if label_column else [])
-        features = datasets.Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
+        features = features or features_of(footers[0])
         self.features = {name: features[column] for name, column in zip(self.column_names, self.columns)}
-        self.set_groups([(file, i) for file, footer in enumerate(footers) for i in range(footer.num_row_groups)])
+        self.status = [status_of(path) for path in paths]
+        groups = [(file, i) for file, footer in enumerate(footers) for i in range(footer.num_row_groups)]
+        self.ranges_of = {(file, i): self.find_ranges(file, i) for file, i in groups}
+        self.spans = {}  # of labels, by row group
+        self.set_groups(groups)
 
-    def set_groups(self, groups):
-        """Hold these row groups, [(file, index in it), ...], in this order."""
-        super().__init__([self.footers[file].row_group(i).num_rows for file, i in groups])
-        self.groups = groups
+    def set_groups(self, groups, chosen=None):
+        """Hold these row groups, [(file, index in it), ...], in this order; of each the rows in `chosen`, or all."""
+        super().__init__([self.footers[file].row_group(i).num_rows for file, i in groups] if chosen is None else
+                         [len(rows) for rows in chosen])  # fmt: skip
+        self.groups, self.chosen = groups, chosen
         self.pool, self.owner, self.reading, self.last = None, None, {}, (None, None)
 
-    def select_groups(self, numbers):
-        """These row groups alone, in the order of the files, as a sequence of their own."""
+    def select_rows(self, rows):
+        """These rows alone, in this order, as a sequence of their own. Each of their row groups is still read whole."""
+        rows = np.asarray(rows)
+        groups = self.groups_of(rows)
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        chosen = np.split(rows - self.first_row[groups], starts[1:])
+        numbers = groups[starts].tolist()
+        if self.chosen is not None:
+            chosen = [self.chosen[number][rows] for number, rows in zip(numbers, chosen)]
         part = copy.copy(self)
-        part.set_groups([self.groups[number] for number in sorted(numbers)])
+        part.set_groups([self.groups[number] for number in numbers], chosen if numbers else [])
+        return part
+
+    def without_labels(self):
+        """The same images, and nothing else."""
+        part = copy.copy(self)
+        part.columns, part.column_names = self.columns[:1], self.column_names[:1]
+        part.ranges_of = {group: part.find_ranges(*group) for group in self.ranges_of}
+        part.set_groups(self.groups, self.chosen)
         return part
 
     def fingerprint(self):
-        """Of what the order of rows depends on: base names and row counts, not where the files lie."""
-        names = [Path(path).name for path in self.paths]
-        return hashlib.sha256(repr((names, self.groups, self.rows_in_group.tolist())).encode()).hexdigest()[:16]
+        """Of which rows these are: names of files, and where the bytes of each row group lie and the labels it has.
 
-    def label_range(self):
-        """(smallest, largest) of all labels and 0, where a missing label counts as -1; None if that is not known.
+        The same wherever the files lie. Other images have other sizes, so that their bytes lie elsewhere.
+        """
+        names = [Path(path).name for path in self.paths]
+        groups = [(group, self.ranges_of[group], self.label_statistics(*group)) for group in self.groups]
+        digest = hashlib.sha256(repr((names, groups, self.rows_in_group.tolist())).encode())
+        for rows in self.chosen or []:
+            digest.update(np.asarray(rows, np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+    def training_rows(self, order, start):
+        """Endless ([(epoch, row), ...], row groups to read ahead), a batch of one process each; see `stream_rows`."""
+        return stream_rows(self.rows_in_group, order._replace(window=self.window(order)), start)
+
+    def order_state(self, order):
+        """What the order of the rows depends on besides the flags that a resumed run may not change."""
+        return {"processes": order.world, "workers": max(1, order.workers), "window": self.window(order)}
+
+    # ---- what footers tell: labels, and how well a window mixes
+
+    def label_statistics(self, file, index):
+        """(smallest, largest, missing) label of a row group, as far as the footer tells; otherwise None."""
+        if len(self.columns) == 1:
+            return None
+        row_group, label = self.footers[file].row_group(index), self.columns[1]
+        chunks = (row_group.column(i) for i in range(row_group.num_columns))
+        found = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == label), None)
+        nulls = found.null_count if found and found.has_null_count else None
+        known = nulls is not None and (found.has_min_max or nulls == row_group.num_rows)
+        return (found.min, found.max, nulls) if known else None
+
+    def label_spans(self):
+        """(smallest, largest) label of each row group, an array (groups, 2), a missing label as -1; None if unknown.
 
         Footers say it, as a rule. If they do not, the label column of files on disk is read, and files on the Hub are
         left unknown.
         """
-        ends = {0}
+        if len(self.columns) == 1 or not str(getattr(self.features["label"], "dtype", "")).startswith(("int", "uint")):
+            return None
         for file, index in self.groups:
-            row_group, label = self.footers[file].row_group(index), self.columns[1]
-            chunks = (row_group.column(i) for i in range(row_group.num_columns))
-            found = next((chunk.statistics for chunk in chunks if chunk.path_in_schema == label), None)
-            nulls = found.null_count if found and found.has_null_count else None
-            if nulls is not None and (found.has_min_max or nulls == row_group.num_rows):
-                smallest, largest = found.min, found.max
-            elif is_remote(self.paths[file]):
+            if (file, index) in self.spans:
+                continue
+            found = self.label_statistics(file, index)
+            if found is None and is_remote(self.paths[file]):
                 return None
-            else:
+            if found is None:
                 with pq.ParquetFile(self.paths[file], metadata=self.footers[file]) as parquet:
-                    labels = parquet.read_row_group(index, columns=[label])[label]
-                nulls, (smallest, largest) = labels.null_count, pc.min_max(labels).as_py().values()
-            ends |= ({-1} if nulls else set()) | {smallest, largest} - {None}
-        return min(ends), max(ends)
+                    labels = parquet.read_row_group(index, columns=[self.columns[1]])[self.columns[1]]
+                found = (*pc.min_max(labels).as_py().values(), labels.null_count)
+            ends = {-1} if found[2] else set()
+            ends |= {*found[:2]} - {None}
+            self.spans[file, index] = (min(ends, default=0), max(ends, default=0))
+        return np.array([self.spans[group] for group in self.groups], dtype=object).reshape(-1, 2)
 
-    def training_rows(self, order, start):
-        """Endless ([(epoch, row), ...], row groups to read ahead), a batch of one process each; see `stream_rows`."""
-        return stream_rows(self.rows_in_group, order, start)
+    def label_range(self):
+        """(smallest, largest) of all labels and 0, where a missing label counts as -1; None if that is not known."""
+        spans = self.label_spans()
+        return None if spans is None else (min(0, *spans[:, 0]), max(0, *spans[:, 1]))
 
-    def order_state(self, order):
-        """What the order of the rows depends on besides the flags that a resumed run may not change."""
-        return {"processes": order.world, "workers": max(1, order.workers), "window": order.window}
+    def is_sorted(self):
+        """Whether a row group has few of the classes, as in files sorted by class; True if that is not known."""
+        spans = self.label_spans()
+        if spans is None:
+            return True
+        return bool(np.median(spans[:, 1] - spans[:, 0]) < (spans[:, 1].max() - spans[:, 0].min()) / 2)
+
+    def sample(self, n, held_out=0):
+        """What GroupedImages has; of files sorted by class rows of all row groups, so that no class is missing."""
+        if not self.is_sorted():
+            return super().sample(n, held_out)
+        rng = np.random.default_rng([*b"sample"])
+        rows = even_rows(len(self), min(n, len(self)), rng)
+        first = even_rows(len(rows), held_out, rng)
+        return [*rows[first].tolist(), *np.delete(rows, first).tolist()]
+
+    def choose(self, n, rng):
+        """n rows from all over the files: of whole row groups, sorted files would have classes that no other has."""
+        return even_rows(len(self), n, rng)
+
+    def window(self, order):
+        """Rows that are shuffled at a time: --shuffle-window, or WINDOW and at least MIXED row groups.
+
+        Fewer, if they are above WINDOW_BYTES.
+        """
+        if order.window is not None:
+            return order.window
+        largest = int(self.rows_in_group.max())
+        return max(WINDOW, largest * max(1, min(MIXED, int(WINDOW_BYTES / (largest * self.row_bytes())))))
+
+    def row_bytes(self):
+        """Bytes of a row, on average."""
+        rows = sum(self.footers[file].row_group(index).num_rows for file, index in self.groups)
+        return max(1, self.epoch_bytes() / rows)
+
+    def print_order(self, order):
+        """Print how many row groups a window mixes, what memory this takes, and how many classes a batch sees."""
+        window, groups, mean = self.window(order), len(self.groups), self.rows_in_group.mean()
+        mixed = min(groups, max(1, round(window / mean)))
+        held = 2 * min(max(window, mean), len(self)) * self.row_bytes()
+        line = (
+            f"window  {window} rows are shuffled at a time: {mixed} of {groups} row groups; a worker holds two windows,"
+        )
+        line += f" {held / 1e9:.1f} GB"
+        if mixed < min(MIXED, groups):
+            line += f" (with {MIXED} row groups above {2 * WINDOW_BYTES / 1e9:g} GB: --shuffle-window mixes more)"
+        spans = self.label_spans()
+        if spans is not None:
+            groups = mixed + order.share / mean  # of a batch, which may begin in one window and end in the next
+            seen, classes = classes_in_batch(spans.astype(np.int64), groups, order)
+            line += f"; a batch sees about {seen} of {classes} classes"
+        print(line)
 
     # ---- reading
 
@@ -157,8 +285,12 @@ class ParquetImages(GroupedImages):
                 self.last = (group, self.read_group(group))
             table = self.last[1]
         values = [table[column][int(row - self.first_row[group])].as_py() for column in self.columns]
-        if not isinstance(values[0], dict):  # a plain column of bytes
+        if isinstance(values[0], dict):
+            values[0] = {"bytes": values[0].get("bytes"), "path": values[0].get("path")}
+        else:  # a plain column of bytes
             values[0] = {"bytes": values[0], "path": None}
+        if self.bits:
+            values[0]["bits"] = self.bits
         return dict(zip(self.column_names, values))
 
     def keep(self, groups):
@@ -172,22 +304,36 @@ class ParquetImages(GroupedImages):
                 self.reading[group] = self.pool.submit(self.read_group, group)
 
     def read_group(self, group):
-        """One row group's columns as a table, by one request where their bytes lie together."""
+        """The rows of one row group as a table, by one request where their bytes lie together."""
         file, index = self.groups[group]
-        ranges = self.ranges(group)
-        name = "-".join([f"{index:05}", *self.columns])
-        pieces = read_ranges(self.paths[file], name, ranges, self.cache, self.traffic)
-        source = Pieces(pieces, max(end for _, end in ranges))
-        parquet = pq.ParquetFile(source, metadata=self.footers[file], pre_buffer=False)
-        return parquet.read_row_group(index, columns=self.columns, use_threads=False)
+        path, ranges = self.paths[file], self.ranges(group)
+        name = "-".join([f"{index:05}", *(column.replace("%", "%25").replace("-", "%2D") for column in self.columns)])
+        damaged = explained(f"row group {index} of {path} cannot be read", "mend or replace the file", alone=True)
+        with unchanged(path, self.status[file]), damaged:
+            pieces = read_ranges(path, name, ranges, self.cache, self.traffic)
+            source = Pieces(pieces, max(end for _, end in ranges))
+            parquet = pq.ParquetFile(source, metadata=self.footers[file], pre_buffer=False)
+            table = parquet.read_row_group(index, columns=self.columns, use_threads=False)
+        # A copy of the rows, so that the others do not stay in memory.
+        return table if self.chosen is None else table.take(self.chosen[group])
 
     def ranges(self, group):
         """[(start, end), ...] in bytes of what is read of a row group; columns that lie together are one."""
-        file, index = self.groups[group]
-        chunks = [self.footers[file].row_group(index).column(i) for i in range(self.footers[file].num_columns)]
+        return self.ranges_of[self.groups[group]]
+
+    def find_ranges(self, file, index):
+        """What `ranges` has of a row group of a file. Raises UserError for more than can be read at once."""
+        row_group, ranges = self.footers[file].row_group(index), []
         prefixes = tuple(f"{column}." for column in self.columns)  # of image.bytes, label ...
+        chunks = map(row_group.column, range(row_group.num_columns))
         wanted = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(prefixes)]
-        ranges = []
+        largest = max(chunk.total_uncompressed_size for chunk in wanted)
+        if largest > LARGEST_CHUNK:
+            raise UserError(
+                f"{self.paths[file]} has {largest / 1e9:.1f} GB of {self.columns[0]} in one row group"
+                f" ({row_group.num_rows} rows), and {LARGEST_CHUNK / 1e9:.1f} GB are the most that can be read at once;"
+                " let `datasets` load the files and save_to_disk them, then give that folder as --data"
+            )
         for start, end in sorted(map(chunk_range, wanted)):
             if ranges and ranges[-1][1] == start:
                 start = ranges.pop()[0]
@@ -203,3 +349,19 @@ def chunk_range(chunk):
     """[start, end) in bytes of a column chunk."""
     starts = [chunk.data_page_offset] + ([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])
     return min(starts), min(starts) + chunk.total_compressed_size
+
+
+def classes_in_batch(spans, groups, order):
+    """(how many classes a batch has, as expected, how many there are) if its rows are from so many groups a process.
+
+    spans: (smallest, largest) label of each row group, among which its labels are taken to be equally frequent.
+    """
+    lowest, classes = spans.min(), int(spans.max() - spans.min()) + 1
+    count = min(len(spans), max(1, round(groups * order.world)))
+    seen, rng = [], np.random.default_rng(0)
+    for _ in range(20):
+        expected = np.zeros(classes)  # images of each class
+        for low, high in spans[rng.permutation(len(spans))[:count]] - lowest:
+            expected[low : high + 1] += order.batch_size / count / (high + 1 - low)
+        seen.append((1 - np.exp(-expected)).sum())
+    return round(np.mean(seen)), classes

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moco.data.decode import UNDECODABLE, decode_image, encoded_bytes, open_image, read_image
-from moco.data.load import check_hub_name
+from moco.data.find import check_hub_name
 from moco.data.shapes import CLASSES as SHAPES_CLASSES
 from moco.data.shapes import draw_scene, encode_jpeg
 from moco.detection.coco import evaluate_coco

@@ -79,11 +79,18 @@ def add_data_flags(add):
     """The flags of `moco.data.load.load_splits`, which `data_options` hands to it, and those of how it is read."""
     add("--image-column", metavar="NAME", help="column of images, if the data has several")
     add("--label-column", metavar="NAME", help="column of labels, if the data has several")
+    add("--config", metavar="NAME", help="configuration of a dataset on the Hub, if it has several")
+    add("--split", metavar="NAME", help="to train on [train, or the first]")
     add("--revision", metavar="REV", help="branch, tag or commit of a dataset on the Hub [its main branch]")
     add("--no-streaming", action="store_true", help="download parquet files of the Hub, then read those")
     add("--cache", metavar="FOLDER", help="keep what is streamed there, for later epochs and runs [off]")
     add("--cache-gb", type=positive, metavar="GB", help="of --cache at most [all but a tenth of the disk]")
-    add("--shuffle-window", type=at_least(1), metavar="ROWS", default=800, help="shuffled at a time in a stream")
+    add(
+        "--shuffle-window",
+        type=at_least(1),
+        metavar="ROWS",
+        help="of a stream, shuffled at a time [800, and 4 row groups]",
+    )
     add_workers_flag(add)
 
 
@@ -95,9 +102,12 @@ def add_pixel_flags(add):
 
 
 def data_options(args):
-    """What `add_data_flags` and the user said about the data, as keyword arguments of `load_splits`."""
-    names = ("image_column", "label_column", "revision", "no_streaming", "cache", "cache_gb")
-    return {name: getattr(args, name) for name in names}
+    """What `add_data_flags` and the user said about the data, as keyword arguments of `load_splits`.
+
+    args.data_commit is no flag: USER/NAME@COMMIT that was read when a run began, or None.
+    """
+    names = ("image_column", "label_column", "revision", "config", "split", "no_streaming", "cache", "cache_gb")
+    return {name: getattr(args, name) for name in names} | {"commit": args.data_commit}
 
 
 def add_workers_flag(add):

@@ -112,8 +112,9 @@ class Run:
             raise UserError(f"{data} has {images} images to train on, {self.folder} was begun on {state['images']}")
         if state.get("data") not in (None, self.origin["data"]):
             raise UserError(
-                f"{data} is not the data that {self.folder} was begun on: names or sizes of its files differ; name that"
-                " data, or start a new run with another --output"
+                f"{data} is not the data that {self.folder} was begun on: names or sizes of its files or row groups"
+                " differ (or an earlier version of this code began it, which compared less); name that data, or start a"
+                " new run with another --output"
             )
         if state.get("backbone_sha256") != self.origin["backbone_sha256"]:
             raise UserError(
