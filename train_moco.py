@@ -233,7 +233,7 @@ def build_encoders(args, channels, share, accelerator):
     """
     torch.manual_seed(args.seed)
     bn_batch = None if args.simclr else args.bn_batch  # simclr_step makes a pass of each group
-    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch, channels)
+    query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch, channels=channels)
     query_encoder.to(memory_format=torch.channels_last)
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # each group of a step updates the running statistics in turn
