@@ -24,7 +24,7 @@ def perfect(records):
     found = []
     for record in records:
         prediction = {"boxes": record["boxes"], "labels": record["labels"], "scores": np.ones(len(record["labels"]))}
-        if "polygons" in record:
+        if "masks" in record:
             masks = torch.zeros(len(record["boxes"]), record["height"], record["width"], dtype=torch.bool)
             for mask, (x1, y1, x2, y2) in zip(masks, record["boxes"].astype(int)):
                 mask[y1:y2, x1:x2] = True
@@ -83,7 +83,7 @@ def test_a_coco_folder(tmp_path):
     assert_scenes(data.train, "train")
     assert +data.left_out == {"crowds": 1}
     for record in data.train:
-        corners = [polygons[0][[0, 2]].flatten() for polygons in record["polygons"]]
+        corners = [mask[0][[0, 2]].flatten() for mask in record["masks"]]
         np.testing.assert_allclose(corners, record["boxes"], atol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_boxes_and_polygons_follow_size_and_flip(tmp_path, flipped):
         box, expected = target["boxes"][0].numpy(), data.train[2]["boxes"][0] * scale
         mirrored = np.array([image.shape[2] - expected[2], expected[1], image.shape[2] - expected[0], expected[3]])
         if np.allclose(box, mirrored if flipped else expected, atol=0.5):
-            ring = target["polygons"][0][0]
+            ring = target["masks"][0][0]
             np.testing.assert_allclose([*ring.min(axis=0), *ring.max(axis=0)], box, atol=0.5)
             return
     raise AssertionError("50 iterations without one that is flipped, or one that is not")
@@ -108,7 +108,7 @@ def test_mask_targets_are_the_polygon_as_each_region_sees_it():
     """A square of 28 pixels: whole in its own box, its right half in a region that begins in its middle."""
     ring = np.array([[10, 10], [38, 10], [38, 38], [10, 38]], np.float32)
     boxes = torch.tensor([[10.0, 10, 38, 38], [24, 10, 52, 38], [60, 60, 88, 88]])
-    drawn = mask_targets({"polygons": [[ring]]}, boxes, torch.zeros(3, dtype=torch.long))
+    drawn = mask_targets({"masks": [[ring]]}, boxes, torch.zeros(3, dtype=torch.long))
     assert drawn[0].eq(1).all() and drawn[2].eq(0).all()
     assert drawn[1, :, :7].eq(1).all() and drawn[1, :, 7:].eq(0).all()
 
@@ -220,7 +220,7 @@ def test_polygons_reach_the_training_loop_as_arrays(tmp_path):
     batches = loader(DetectionImages(data.train, [64], 1333, seed=0), [[(0, 0), (0, 1)]], workers=0)
     for image, target in next(iter(batches))[0]:
         assert torch.is_tensor(image) and torch.is_tensor(target["boxes"])
-        assert all(isinstance(ring, np.ndarray) for rings in target["polygons"] for ring in rings)
+        assert all(isinstance(ring, np.ndarray) for rings in target["masks"] for ring in rings)
 
 
 def test_what_a_coco_folder_may_lack(tmp_path):
