@@ -82,9 +82,8 @@ def load_coco(folder, masks, left_out):
         )
     masks = masks == "on" or masks == "auto" and min(shares) > 0.5
     truth = metric_truth(test, classes, masks, left_out)
-    without = "objects without a mask"
-    train_records = [settle_masks(record, masks, left_out, without) for record in train_records]
-    test_records = [settle_masks(record, masks, Counter(), without) for record in test_records]
+    train_records = [settle_masks(record, masks, left_out) for record in train_records]
+    test_records = [settle_masks(record, False, left_out) for record in test_records]  # the truth has them
     return train_records, test_records, classes, truth, masks
 
 
@@ -177,12 +176,12 @@ def share_with_masks(records):
     return sum(have) / max(1, len(have))
 
 
-def settle_masks(record, masks, left_out, what):
+def settle_masks(record, masks, left_out):
     """The record with `masks` only objects that have one, counting the others; otherwise all objects, without masks."""
     if not masks:
         return {key: value for key, value in record.items() if key != "masks"}
     have = np.array([mask is not None for mask in record["masks"]], bool)
-    left_out[what] += int((~have).sum())
+    left_out["objects without a mask"] += int((~have).sum())
     return select_objects(record, have)
 
 
