@@ -61,8 +61,6 @@ def load_detection(name, years=("2007", "2012"), box_format="xywh", masks="auto"
     Raises UserError for data that is not there, not complete, of an unknown class, or with boxes for other images.
     """
     folder, left_out = Path(name), Counter()
-    if masks == "on" and not is_coco(name):
-        raise UserError(f"--masks on needs a COCO folder, which --data {name} is not; leave it out to train boxes")
     if name == "shapes":
         return DetectionData(scene_records("train"), scene_records("test"), list(SHAPES_CLASSES), "VOC", left_out)
     devkit = folder / "VOCdevkit" if (folder / "VOCdevkit").is_dir() else folder
