@@ -151,7 +151,7 @@ def main():
     run = Run(
         args.output, accelerator, model, optimizer, train_images, order, args.iterations, backbone_sha256=digest,
         steps_per_epoch=(len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size,
-        **flags.run_options(args),
+        one_size=False, **flags.run_options(args),
     )  # fmt: skip
 
     def micro_batches_from(step):
@@ -319,6 +319,8 @@ def check_args(args, processes):
         check_pycocotools(args.data)
     elif args.schedule:
         raise UserError(f"--schedule {args.schedule} is for COCO folders, which {args.data} is not; use --iterations")
+    elif args.masks == "on":
+        raise UserError(f"--masks on is for COCO folders, which {args.data} is not; leave it out to train boxes")
     flags.check_output(args)
 
 

@@ -246,18 +246,25 @@ def test_a_coco_folder_of_one_class_without_masks_trains_a_faster_rcnn(tmp_path)
 
     for split, count in (("val2017", 3), ("train2017", 6)):
         edit_coco(write_coco(tmp_path / "coco", split, count), split, strip)
-    flags = ["--iterations", 2, "--workers", 0]
-    done = transfer(tmp_path / "coco", tmp_path / "run", *flags)
+    done = transfer(tmp_path / "coco", tmp_path / "run", "--iterations", 2, "--workers", 0)
     assert "Faster R-CNN C4" in done.stdout and "1 classes" in done.stdout
     assert "test objects without an area" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metric"] == "COCO" and results["box"]["AP"] >= 0 and "mask" not in results
     assert list(results["box"]["per_class"]) == ["class 1"]
     assert "loss_mask" not in metrics_of(tmp_path / "run")[0]
-    done = run_here(
-        "detect_transfer.py", "--data", tmp_path / "coco", "--output", tmp_path / "no", *SMALL, "--masks", "on"
-    )
-    assert done.returncode == 2 and "use --masks off" in done.stderr and not (tmp_path / "no").exists()
+
+
+def test_cudnn_does_not_try_its_kernels_on_each_of_many_image_sizes(devkit, tmp_path):
+    benchmarked = []
+
+    def note(module, inputs):
+        benchmarked.append(torch.backends.cudnn.benchmark)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    transfer(devkit, tmp_path / "run", "--iterations", 2, "--workers", 0)
+    hook.remove()
+    assert benchmarked and not any(benchmarked)
 
 
 @pytest.mark.parametrize("name, masks", [("voc", False), ("coco", True)])
