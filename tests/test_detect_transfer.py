@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, assert_same_run, final_state, metrics_of, refusal, run_script, start_script, wait_for_step
-from folders import write_coco, write_voc
+from folders import edit_coco, write_coco, write_voc
 from hub import TOKEN, serving
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -237,6 +237,36 @@ def test_a_coco_folder_trains_masks_and_measures_both(tmp_path):
     assert min(Image.open(tmp_path / "run" / "detections.png").size) > 300
 
 
+def test_a_coco_folder_of_one_class_without_masks_trains_a_faster_rcnn(tmp_path):
+    def strip(content):
+        content["categories"] = content["categories"][:1]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = 3
+            del annotation["segmentation"], annotation["area"]
+
+    for split, count in (("val2017", 3), ("train2017", 6)):
+        edit_coco(write_coco(tmp_path / "coco", split, count), split, strip)
+    done = transfer(tmp_path / "coco", tmp_path / "run", "--iterations", 2, "--workers", 0)
+    assert "Faster R-CNN C4" in done.stdout and "1 classes" in done.stdout
+    assert "test objects without an area" in done.stdout
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["metric"] == "COCO" and results["box"]["AP"] >= 0 and "mask" not in results
+    assert list(results["box"]["per_class"]) == ["class 1"]
+    assert "loss_mask" not in metrics_of(tmp_path / "run")[0]
+
+
+def test_cudnn_does_not_try_its_kernels_on_each_of_many_image_sizes(devkit, tmp_path):
+    benchmarked = []
+
+    def note(module, inputs):
+        benchmarked.append(torch.backends.cudnn.benchmark)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    transfer(devkit, tmp_path / "run", "--iterations", 2, "--workers", 0)
+    hook.remove()
+    assert benchmarked and not any(benchmarked)
+
+
 @pytest.mark.parametrize("name, masks", [("voc", False), ("coco", True)])
 def test_golden_parameter_groups(golden, name, masks):
     numbers = json.loads((golden / "detection" / "schedule_resize.json").read_text())
@@ -293,6 +323,8 @@ def refuse(monkeypatch, capsys, tmp_path):
         ("--warmup -1", "--warmup -1 0 or more"),
         ("--lr nan", "--lr nan above 0"),
         ("--bn none", "--bn 'none' sync frozen"),
+        ("--masks yes", "--masks 'yes' auto on off"),
+        ("--masks on", "--masks on COCO"),
         ("--schedule 1x", "--schedule 1x COCO --iterations"),
         ("--arch vit_b_16", "--arch vit_b_16 resnet18"),
         ("--evaluate-every -1", "--evaluate-every -1 0"),

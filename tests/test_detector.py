@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer, mobilenet_v2
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from moco.detection.detect import rescale
 from moco.detection.model import build_detector
+from moco.errors import UserError
 
 ATOL = {"features": 1e-4, "boxes": 0.01, "scores": 1e-4}
 
@@ -195,3 +197,17 @@ def test_an_output_that_is_not_finite_shows_in_the_losses(detector, numbers):
     )
     losses = detector(numbers.images(), numbers.targets(True))
     assert not sum(losses.values()).isfinite() and losses["loss_classifier"].isfinite()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VisionTransformer(32, 16, 1, 1, 8, 8),
+        lambda: mobilenet_v2(width_mult=0.1),
+        lambda: type("ResNet", (nn.Sequential,), {})(),  # what is called one
+        lambda: NarrowResNet().layer4,
+    ],
+)
+def test_a_backbone_that_is_no_resnet_is_refused_whatever_it_is_called(make):
+    with pytest.raises(UserError, match="^detection needs a ResNet, and the backbone is a [^\n]*$"):
+        build_detector(make(), 20)
