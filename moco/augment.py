@@ -79,8 +79,11 @@ def crop_pair(image, boxes, size):
 
 
 def to_float(crops):
-    """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [0, 1], channels-last by its strides, without a copy."""
-    return crops.permute(0, 3, 1, 2).float() / 255
+    """(N, S, S, 3) uint8 -> (N, 3, S, S) in [0, 1], channels-last by its strides, without a copy.
+
+    Of PyTorch's default precision: float32, unless a test asks for float64.
+    """
+    return crops.permute(0, 3, 1, 2).to(torch.get_default_dtype()) / 255
 
 
 def normalize(x):

@@ -152,12 +152,17 @@ class C4Anchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
+def not_half(x):
+    """x in float32; in float64 if it is already, as the tests against detectron2 have it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Float32RPNHead(RPNHead):
     """torchvision's head with outputs in float32, because half precision is too coarse for coordinates."""
 
     def forward(self, features):
         logits, deltas = super().forward(features)
-        return [x.float() for x in logits], [x.float() for x in deltas]
+        return list(map(not_half, logits)), list(map(not_half, deltas))
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -251,7 +256,7 @@ class BoxPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
+        return not_half(self.cls_score(x)), F.pad(not_half(self.bbox_pred(x)), (4, 0))
 
 
 class MaskPredictor(nn.Module):
@@ -267,7 +272,7 @@ class MaskPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return self.predictor(F.relu(self.deconv(x))).float()
+        return not_half(self.predictor(F.relu(self.deconv(x))))
 
 
 class C4Heads(RoIHeads):
@@ -356,9 +361,9 @@ def mask_targets(target, boxes, indices):
     indices: the object that each RoI matched. Polygons are drawn by COCO's own routine, one RoI at a time on the host.
     """
     if "masks" in target:
-        masks = target["masks"][indices][:, None].float()
+        masks = target["masks"][indices][:, None].to(boxes)
         rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes), boxes], dim=1)
-        return (roi_align(masks, rois, POOLED, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+        return (roi_align(masks, rois, POOLED, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).to(boxes)
     from pycocotools import mask as coco_mask
 
     drawn = torch.zeros(len(boxes), POOLED, POOLED)
