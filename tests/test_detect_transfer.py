@@ -14,7 +14,7 @@ from io import StringIO
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, assert_same_run, final_state, metrics_of, refusal, run_script, start_script, wait_for_step
+from conftest import ROOT, assert_same_run, final_state, metrics_of, refusal, run_script
 from folders import write_coco, write_voc
 from hub import TOKEN, serving
 from huggingface_hub import ModelCard
@@ -87,13 +87,10 @@ def uninterrupted(devkit, tmp_path_factory):
 def test_sigterm_saves_and_exits_143_and_the_resumed_run_is_the_uninterrupted_one(devkit, uninterrupted, tmp_path):
     output = tmp_path / "run"
     flags = ["--data", devkit, "--output", output, *SMALL, *RUN, "--workers", 1]
-    process = start_script("detect_transfer.py", *flags)
-    wait_for_step(process, output, 1)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143
+    stopped = run_script("tests/signalled.py", int(signal.SIGTERM), 1, "detect_transfer.py", *flags)
+    assert stopped.returncode == 143
     step = final_state(output)[1]["step"]
-    assert 1 <= step < 6 and f"stopped after step {step}" in stderr
+    assert 1 <= step < 6 and f"stopped after step {step}" in stopped.stderr
     resumed = run_script("detect_transfer.py", "--output", output, "--resume")  # the flags are in the folder
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(output, uninterrupted)

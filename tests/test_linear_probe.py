@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import run_script, start_script, wait_for_step, write_parquet
+from conftest import HANG, run_script, start_script, wait_for_step, write_parquet
 from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
@@ -220,7 +220,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(labelled, tmp_path):
     process = start_script("linear_probe.py", "--output", tmp_path / "run", *flags)
     wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG)
     step = int(complete_checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_"))
     assert process.returncode == 143 and f"stopped after step {step}" in stderr
 

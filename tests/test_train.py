@@ -17,7 +17,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, assert_same_run, final_state, is_time, metrics_of, run_script, start_script, wait_for_step
+from conftest import (
+    HANG,
+    ROOT,
+    assert_same_run,
+    final_state,
+    is_time,
+    metrics_of,
+    run_script,
+    start_script,
+    wait_for_step,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -215,13 +225,11 @@ def test_killed_twice_and_resumed_is_the_uninterrupted_run(folder, uninterrupted
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_exits(folder, uninterrupted, tmp_path, number, code):
     output = tmp_path / "run"
-    process = start(folder, output, *RUN, "--workers", 1)
-    wait_for_step(process, output, 4)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code
+    flags = ["--data", folder, "--output", output, *SMALL, *RUN, "--workers", 1]
+    done = run_script("tests/signalled.py", int(number), 4, "train_moco.py", *flags)
+    assert done.returncode == code
     step = final_state(output)[1]["step"]
-    assert step >= 4 and f"stopped after step {step}" in stderr
+    assert 4 <= step <= 6 and f"stopped after step {step}" in done.stderr
     resumed = run_script("train_moco.py", "--output", output, "--resume")  # the flags are in the folder
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(output, uninterrupted)
@@ -234,7 +242,7 @@ def test_sigterm_to_every_process_leaves_the_workers_their_batch(folder, tmp_pat
     wait_for_step(process, output, 4)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 143 and f"stopped after step {final_state(output)[1]['step']}" in stderr
 
 
@@ -249,7 +257,7 @@ def test_sigterm_to_two_processes_stops_both_at_the_same_step(folder, tmp_path, 
     if target == "the second process":
         stopped = next(p for p in psutil.Process(launcher.pid).children() if p.environ()["RANK"] == "1")
     stopped.send_signal(signal.SIGTERM)
-    _, stderr = launcher.communicate(timeout=120)
+    _, stderr = launcher.communicate(timeout=HANG)
     step = final_state(output)[1]["step"]
     assert f"stopped after step {step}" in stderr
     if target == "the second process":
@@ -259,7 +267,7 @@ def test_sigterm_to_two_processes_stops_both_at_the_same_step(folder, tmp_path, 
 def test_closed_streams_do_not_end_a_training(folder, uninterrupted, tmp_path):
     flags = ["--data", folder, "--output", tmp_path / "run", *SMALL, *RUN, "--workers", 0]
     command = shlex.join(map(str, [sys.executable, "train_moco.py", *flags]))
-    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=ROOT, timeout=300)
+    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=ROOT, timeout=HANG)
     assert done.returncode == 0
     assert_same_run(tmp_path / "run", uninterrupted)
 
