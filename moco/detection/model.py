@@ -79,13 +79,13 @@ def check_resnet(backbone):
     if not isinstance(backbone, ResNet):
         kind = f"{type(backbone).__module__}.{type(backbone).__qualname__}"
         raise UserError(
-            f"detection needs a ResNet of torchvision, whose layers the C4 detector is made of, got a {kind}; name another"
-            " --backbone"
+            f"detection needs a ResNet of torchvision, whose layers the C4 detector is made of, got a {kind}; name"
+            " another --backbone"
         )
     if backbone.conv1.in_channels != 3:
         raise UserError(
-            f"detection needs a backbone for images of 3 channels, got one for {backbone.conv1.in_channels}; name another"
-            " --backbone"
+            f"detection needs a backbone for images of 3 channels, got one for {backbone.conv1.in_channels}; name"
+            " another --backbone"
         )
 
 
@@ -167,12 +167,17 @@ class C4Anchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
+def not_half(x):
+    """x in float32; in float64 if it is already, as the tests against detectron2 have it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Float32RPNHead(RPNHead):
     """torchvision's head with outputs in float32, because half precision is too coarse for coordinates."""
 
     def forward(self, features):
         logits, deltas = super().forward(features)
-        return [x.float() for x in logits], [x.float() for x in deltas]
+        return list(map(not_half, logits)), list(map(not_half, deltas))
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -266,7 +271,7 @@ class BoxPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
+        return not_half(self.cls_score(x)), F.pad(not_half(self.bbox_pred(x)), (4, 0))
 
 
 class MaskPredictor(nn.Module):
@@ -282,7 +287,7 @@ class MaskPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return self.predictor(F.relu(self.deconv(x))).float()
+        return not_half(self.predictor(F.relu(self.deconv(x))))
 
 
 class C4Heads(RoIHeads):
