@@ -10,7 +10,7 @@ nothing there, and their accuracy, which fails on today's PyTorch, is not comput
 same small ResNet at 32 pixels, in batches of 128 that share BatchNorm; each has its own random numbers and its own
 augmentation. Our scripts probe both. The recipe's blur is meant for 224 pixels: ours scales it with the image, theirs
 does not. In the ladder theirs is scaled, too; for the curves theirs is left alone, and ours is also run with theirs. A
-second call continues where the first stopped. At the end it prints a table; the curves are drawn into the output.
+second call continues where the first stopped. At the end it prints a table and draws it in its output.
 """
 
 import argparse
@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import moco.augment as augment
 import train_moco
 from benchmarks.data_path import standard_transform
+from benchmarks.figures import draw_ladder
 from moco.augment import MEAN, STD
 from moco.data.shapes import shapes_dataset
 from moco.encoder import build_encoder
@@ -271,7 +272,12 @@ def main():
     print(f"\n{settings['steps']} steps, seeds {args.seeds}; a loss of {chance:.2f} is chance")
     print_table(found, rows, args.seeds)
     if not args.ladder:
-        draw(output / "official.png", found, args.seeds)
+        return draw(output / "official.png", found, args.seeds)
+    series = {}
+    for side in sides:  # rows are named as in ablation.py: v1 + mlp
+        of_recipe = {recipe: [found[side, recipe, seed][1]["top1"] for seed in args.seeds] for recipe in recipes}
+        series[SIDES[side]] = {recipe.replace("-", " + "): values for recipe, values in of_recipe.items()}
+    draw_ladder(output / "ladder.png", series)
 
 
 if __name__ == "__main__":
