@@ -1,6 +1,7 @@
 """The one error that users see as a line instead of a traceback, and what else ends a script in one line."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -47,8 +48,9 @@ def one_line_errors():
 
     Exit code 2, after Ctrl-C 130. Every process meets most mistakes, and one for each machine prints them.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a file's name may have characters that a terminal lacks
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may have characters that a terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     message, code, alone = None, 2, True
     try:
