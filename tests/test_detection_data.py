@@ -251,6 +251,22 @@ def test_hub_data_of_another_shape(tmp_path):
     assert "neither a VOCdevkit folder" in refused(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("corners", [2, 3, 8])
+def test_hub_boxes_of_other_than_four_numbers(tmp_path, corners):
+    """Eight would otherwise be two boxes, and the class of the second that of the next object."""
+    splits = datasets.load_from_disk(str(write_hub(tmp_path / "four")))
+    boxes = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
+    features = datasets.Features(
+        splits["train"].features | {"objects": splits["train"].features["objects"] | {"bbox": boxes}}
+    )
+    splits = splits.map(
+        lambda row: {"objects": row["objects"] | {"bbox": [(2 * b)[:corners] for b in row["objects"]["bbox"]]}},
+        features=features,
+    )
+    splits.save_to_disk(str(tmp_path / "other"))
+    assert "row 0: its objects cannot be read" in refused(tmp_path / "other")
+
+
 # ---- images of another size than annotated
 
 

@@ -212,5 +212,5 @@ def test_an_output_that_is_not_finite_shows_in_the_losses(detector, numbers):
     ],
 )
 def test_a_backbone_that_is_no_resnet_is_refused_whatever_it_is_called(make):
-    with pytest.raises(UserError, match="^detection needs a ResNet, and the backbone is a [^\n]*$"):
+    with pytest.raises(UserError, match="^detection needs a ResNet of torchvision[^\n]*$"):
         build_detector(make(), 20)

@@ -177,7 +177,11 @@ def hub_split(dataset, name, box_format, classes, left_out):
                 for key in ("bbox", "category", "difficult")
                 if things and key in things[0]
             }
-        record = objects(things.get("bbox", []), things.get("category", []), things.get("difficult"))
+        what = f"--data {name}, row {row}: its objects cannot be read"
+        with explained(what, "each needs a bbox of four numbers and a category", *DAMAGE):
+            record = objects(things.get("bbox", []), things.get("category", []), things.get("difficult"))
+            if not len(record["boxes"]) == len(record["labels"]) == len(record["difficult"]):
+                raise ValueError(f"{record['boxes'].size} coordinates of {len(record['labels'])} objects")
         if ((record["labels"] < 0) | (record["labels"] >= len(classes))).any():
             raise UserError(f"--data {name}, row {row}: a category outside its {len(classes)} classes")
         if box_format == "xywh":
