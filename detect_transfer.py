@@ -130,7 +130,7 @@ def main():
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
         check_resnet(backbone)
         shapes.check_version(known.get("settings", {}), args.data)
-        data = load_detection(args.data, args.years, args.box_format)
+        data = load_detection(args.data, args.years, args.box_format, args.masks)
     if len(data.train) < args.batch_size:
         raise UserError(f"--data {args.data} has {len(data.train)} images, fewer than a batch of {args.batch_size}")
     train_images = DetectionImages(data.train, args.image_size, LONGEST, args.seed)
@@ -151,7 +151,7 @@ def main():
     run = Run(
         args.output, accelerator, model, optimizer, train_images, order, args.iterations, backbone_sha256=digest,
         steps_per_epoch=(len(data.train) // args.micro_batch) * args.micro_batch / args.batch_size,
-        **flags.run_options(args),
+        one_size=False, **flags.run_options(args),
     )  # fmt: skip
 
     def micro_batches_from(step):
@@ -209,7 +209,7 @@ def prepare_detector(args, backbone, data, accelerator):
     detector = build_detector(
         backbone,
         len(data.classes),
-        masks=data.metric == "COCO",
+        masks=data.masks,
         norm="frozen" if args.bn == "frozen" else "batch",
         anchor_sizes=args.anchor_sizes,
         roi_batch=args.roi_batch,
@@ -256,6 +256,7 @@ def parse_args():
     add = parser.add_argument_group("data").add_argument
     add("--data", help="a VOCdevkit folder, a COCO folder, USER/NAME on the Hub, or 'shapes' (built in)")
     add("--years", nargs="+", metavar="YEAR", default=["2007", "2012"], help="of VOC, to train on [2007 2012]")
+    add("--masks", choices=("auto", "on", "off"), default="auto", help="of COCO; auto: if most objects have one")
     add("--box-format", choices=("xywh", "xyxy"), default="xywh", help="of boxes from the Hub")
     sides = "short sides, one drawn for each image; tests use the last [480 512 ... 800, COCO: from 640]"
     add("--image-size", type=at_least(32), metavar="PIXELS", nargs="+", help=sides)
@@ -318,6 +319,8 @@ def check_args(args, processes):
         check_pycocotools(args.data)
     elif args.schedule:
         raise UserError(f"--schedule {args.schedule} is for COCO folders, which {args.data} is not; use --iterations")
+    elif args.masks == "on":
+        raise UserError(f"--masks on is for COCO folders, which {args.data} is not; leave it out to train boxes")
     flags.check_output(args)
 
 
@@ -326,7 +329,7 @@ def print_settings(args, arch, data, milestones, optimizer, processes):
     passes = args.batch_size // processes // args.micro_batch
     sizes = "-".join(map(str, dict.fromkeys((args.image_size[0], args.image_size[-1]))))
     print(
-        f"model   {'Mask' if data.metric == 'COCO' else 'Faster'} R-CNN C4 of {arch}, BatchNorm {args.bn}",
+        f"model   {'Mask' if data.masks else 'Faster'} R-CNN C4 of {arch}, BatchNorm {args.bn}",
         f"from    {args.backbone}",
         f"data    {args.data}: {len(data.train)} images to train on, short side {sizes}, {len(data.classes)} classes",
         f"batch   {args.batch_size} = {processes} processes x {passes} micro-batches x {args.micro_batch} images",

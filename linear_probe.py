@@ -134,6 +134,11 @@ def main():
 
     # ---- backbone and classifiers, equal on every process, because their seed and their updates are
     args.image_size = args.image_size or known.get("image_size", 224)
+    if known.get("channels", 3) != sets.train.channels:
+        raise UserError(
+            f"--backbone {args.backbone} takes images of {known.get('channels', 3)} channels; --data {args.data} has"
+            f" {sets.train.channels}"
+        )
     mean, std = normalization(sets.train, known.get("mean"), known.get("std"))
     width, digest = feature_width(backbone, args.image_size), weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it

@@ -66,7 +66,7 @@ def follow_batch(args):
 # What --data shapes changes, so that two CPU cores finish in minutes.
 SHAPES = {
     "data_version": shapes.VERSION, "arch": "resnet10", "image_size": 32, "queue_size": 512, "encoder_momentum": 0.998,
-    "epochs": 40, "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 460,
+    "epochs": 20, "batch_size": 128, "bn_batch": 64, "lr": 0.015, "workers": 1, "checkpoint_every": 230,
 }  # fmt: skip
 # What a resumed run may change. Its numbers depend on everything else.
 FREE_ON_RESUME = {
@@ -156,9 +156,8 @@ def main():
     with_knn = args.knn_every > 0 and has_labels(train_set)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(train_set) // args.batch_size
-    mean, std = normalization(train_set, args.mean, args.std)
-    args.pixels = {"channels": train_set.channels, "mean": mean, "std": std}  # no flag: what the encoders take
-    views = FastViews(AUGMENTATIONS[args.augment], args.image_size, mean, std)
+    args.mean, args.std = normalization(train_set, args.mean, args.std)
+    views = FastViews(AUGMENTATIONS[args.augment], args.image_size, args.mean, args.std)
 
     # ---- encoders, queue and optimizer
     query_encoder, key_encoder, queue, optimizer = build_encoders(args, train_set.channels, order.share, accelerator)
@@ -178,7 +177,7 @@ def main():
 
     def knn_accuracy():
         with run.paused_for("knn"):
-            options = (args.image_size, mean, std, args.workers, accelerator)
+            options = (args.image_size, args.mean, args.std, args.workers, accelerator)
             accuracy, failed, images = knn_monitor(model["query_encoder"], train_set, test_set, *options)
             run.check_decoded(failed, images)
         return {"knn": accuracy}
@@ -270,7 +269,8 @@ def leave_results(args, query_encoder, metrics, processes):
     """Save the backbone, print the last numbers, and publish it if asked to."""
     tag = ("" if args.simclr else "moco_") + args.recipe.replace("-", "_")
     settings = vars(args) | provenance(processes)
-    save_backbone(args.output / "backbone", query_encoder, args.arch, args.image_size, tag, settings)
+    made_for = (args.arch, args.image_size, tag, settings, args.mean, args.std)
+    save_backbone(args.output / "backbone", query_encoder, *made_for)
     print(f"backbone, views.png and curves.png are in {args.output}")
     if scores := [line["knn"] for line in read_metrics(metrics) if "knn" in line]:
         print(f"kNN accuracy {scores[-1]:.1f} %\nof the random backbone at the start {scores[0]:.1f} %")

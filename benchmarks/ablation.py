@@ -6,7 +6,7 @@ python benchmarks/ablation.py --longer               every row of the ladder fou
 python benchmarks/ablation.py --size photographs     five rows on Fashion-MNIST (benchmarks/fashion_mnist.py)
 python benchmarks/ablation.py --size gpu             the ladder on one GPU
 
-A second call continues where the first stopped. At the end it prints a table and draws runs/ablation-SIZE/NAME.png. The
+A second call continues where the first stopped. At the end it prints a table and draws it in runs/ablation-SIZE. The
 papers' ImageNet numbers stand beside ours for their order alone.
 """
 
@@ -27,9 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.figures import IMAGENET, IMAGENET_TEMPERATURES, draw_ladder, draw_spread, gains
 from moco.data.shapes import CLASSES, draw_scene
 
 ROOT = Path(__file__).parent.parent
+# "epochs" are those of MoCo and SimCLR, twice the demo's; supervised has half as many.
 SHAPES = {"data": "shapes", "arch": "resnet10", "epochs": 40, "flags": "", "jobs": 2}
 SIZES = {  # jobs: runs at a time
     "cpu": SHAPES,
@@ -41,31 +43,16 @@ SIZES = {  # jobs: runs at a time
         "rows": ("random", "v1", "v2", "v2, longer", "supervised"),
     },
 }  # fmt: skip
-TEMPERATURES = (0.07, 0.1, 0.2, 0.3, 0.4, 0.5)
-# row -> (flags of train_moco.py, ImageNet top-1 in the papers); "longer" is four times as long, as 800 epochs to 200.
-LADDER = {
-    "random": (None, None),
-    "v1": (["--recipe", "v1"], 60.6),
-    "v1 + mlp": (["--recipe", "v1-mlp"], 66.2),
-    "v1 + aug": (["--recipe", "v1-aug"], 63.4),
-    "v1 + mlp + aug": (["--recipe", "v1-mlp-aug"], 67.3),
-    "v2": (["--recipe", "v2"], 67.5),
-    "v2, longer": (["--recipe", "v2"], 71.1),
-    "SimCLR, batch 128": (["--recipe", "simclr"], 61.9),
-    "supervised": (None, 76.5),
-}
-CHANGES = {  # what leads from one row to another
-    "mlp": ("v1", "v1 + mlp"),
-    "aug": ("v1", "v1 + aug"),
-    "mlp after aug": ("v1 + aug", "v1 + mlp + aug"),
-    "aug after mlp": ("v1 + mlp", "v1 + mlp + aug"),
-    "cosine": ("v1 + mlp + aug", "v2"),
-    "longer": ("v2", "v2, longer"),
-    "MoCo v2 over SimCLR": ("SimCLR, batch 128", "v2"),
-}
-PAPER_TEMPERATURES = {  # ImageNet top-1 of arXiv:2003.04297, table 2
-    "mlp": (62.9, 64.9, 66.2, 65.7, 65.0, 64.3),
-    "fc": (60.6, 60.7, 59.0, 58.2, 57.2, 56.4),
+LADDER = {  # row -> flags of train_moco.py; "longer" is four times as long, as 800 epochs to 200
+    "random": None,
+    "v1": ["--recipe", "v1"],
+    "v1 + mlp": ["--recipe", "v1-mlp"],
+    "v1 + aug": ["--recipe", "v1-aug"],
+    "v1 + mlp + aug": ["--recipe", "v1-mlp-aug"],
+    "v2": ["--recipe", "v2"],
+    "v2, longer": ["--recipe", "v2"],
+    "SimCLR, batch 128": ["--recipe", "simclr"],
+    "supervised": None,
 }
 
 
@@ -73,14 +60,15 @@ def temperature_row(head, temperature):
     return f"{head}, T {temperature}"
 
 
-def temperature_rows():
-    """v1 with and without the mlp head at each temperature."""
-    rows = {}
-    for head, papers in PAPER_TEMPERATURES.items():
-        for temperature, paper in zip(TEMPERATURES, papers, strict=True):
-            flags = ["--recipe", "v1", "--head", head, "--temperature", str(temperature)]
-            rows[temperature_row(head, temperature)] = (flags, paper)
-    return rows
+def temperature_table():
+    """v1 with and without the mlp head at each temperature of the paper: {row: flags}, {row: ImageNet top-1}."""
+    rows, papers = {}, {}
+    for head, of_paper in IMAGENET_TEMPERATURES.items():
+        for temperature, paper in of_paper.items():
+            row = temperature_row(head, temperature)
+            rows[row] = ["--recipe", "v1", "--head", head, "--temperature", str(temperature)]
+            papers[row] = paper
+    return rows, papers
 
 
 def commands(row, flags, seed, size, longer, folder):
@@ -123,23 +111,15 @@ def summary(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def print_table(rows, found, seeds):
+def print_table(rows, found, seeds, papers):
+    """papers: {row: ImageNet top-1 in the papers}."""
     print("\n| recipe | n | linear top-1, % | kNN top-1, % | ImageNet linear top-1 in the paper, % |")
     print("|---|---|---|---|---|")
-    for row, (_, paper) in rows.items():
+    for row in rows:
         top1, knn = (
             [get(found[row, s]) for s in seeds] for get in (lambda r: r["top1"], lambda r: r["knn"]["200"]["top1"])
         )
-        print(f"| {row} | {len(seeds)} | {summary(top1)} | {summary(knn)} | {paper or ''} |")
-
-
-def gains(rows, found, seeds):
-    """{change: (ours for each seed, the papers')} in points of linear top-1, where both rows were run."""
-    return {
-        change: ([found[to, s]["top1"] - found[start, s]["top1"] for s in seeds], rows[to][1] - rows[start][1])
-        for change, (start, to) in CHANGES.items()
-        if start in rows and to in rows
-    }
+        print(f"| {row} | {len(seeds)} | {summary(top1)} | {summary(knn)} | {papers.get(row, '')} |")
 
 
 def print_gains(changes):
@@ -147,54 +127,6 @@ def print_gains(changes):
     print("|---|---|---|---|")
     for change, (ours, paper) in changes.items():
         print(f"| {change} | {', '.join(f'{gain:+.1f}' for gain in ours)} | {summary(ours)} | {paper:+.1f} |")
-
-
-def draw(path, rows, found, seeds, changes):
-    """Rows, and below them the gains of `changes` if there are any."""
-    count = 2 if changes else 1
-    figure, axes = plt.subplots(count, figsize=(9, 4.5 * count), layout="constrained", squeeze=False)
-    accuracies = {row: ([found[row, s]["top1"] for s in seeds], paper) for row, (_, paper) in rows.items()}
-    draw_panel(axes[0, 0], accuracies, "linear top-1, %")
-    if changes:
-        ours = axes[1, 0]
-        paper = draw_panel(ours, changes, "gain in points")
-        low, high = ours.get_ylim()
-        paper.set_ylim(low / 4, high / 4)  # one zero for both axes
-        ours.axhline(0, color="gray")
-    figure.savefig(path, dpi=110)
-
-
-def draw_panel(ours, values, what):
-    """{name: (ours, the papers')}: ours as dots of each seed, the papers' as squares on an axis that is returned."""
-    paper = ours.twinx()
-    for x, (seeds, value) in enumerate(values.values()):
-        ours.plot([x] * len(seeds), seeds, "o", color="tab:blue")
-        if value:
-            paper.plot(x + 0.2, value, "s", color="tab:orange", fillstyle="none")
-    ours.set_xticks(range(len(values)), values, rotation=30, ha="right")
-    ours.set_ylabel(f"here, {what} (dots: a seed each)", color="tab:blue")
-    paper.set_ylabel(f"ImageNet, in the papers, {what} (squares)", color="tab:orange")
-    ours.grid(axis="y", alpha=0.3)
-    return paper
-
-
-def draw_temperatures(path, found, seeds):
-    """Ours on the left, the paper's on the right: a line for each head over the temperature, a dot for each seed."""
-    figure, (ours, paper) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for head, papers in PAPER_TEMPERATURES.items():
-        runs = {t: [found[temperature_row(head, t), s]["top1"] for s in seeds] for t in TEMPERATURES}
-        (line,) = ours.plot(TEMPERATURES, [mean(top1) for top1 in runs.values()], label=head)
-        for temperature, top1 in runs.items():
-            ours.plot([temperature] * len(top1), top1, "o", color=line.get_color(), alpha=0.6, markersize=4)
-        paper.plot(TEMPERATURES, papers, "s-", fillstyle="none", label=head)
-    ours.set_title("here (lines: means, dots: a seed each)")
-    paper.set_title("ImageNet, in the paper")
-    for ax in (ours, paper):
-        ax.set_xlabel("temperature")
-        ax.set_ylabel("linear top-1, %")
-        ax.grid(alpha=0.3)
-        ax.legend()
-    figure.savefig(path, dpi=110)
 
 
 def save_contact_sheet(path, columns=12):
@@ -230,14 +162,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     args = parser.parse_args()
     size = SIZES[args.size]
-    rows = temperature_rows() if args.temperatures else LADDER
+    rows, papers = temperature_table() if args.temperatures else (LADDER, IMAGENET)
     chosen = args.rows or size.get("rows", list(rows))
     rows = {row: rows[row] for row in chosen if not (args.longer and row == "v2, longer")}
     name = "temperatures" if args.temperatures else "longer" if args.longer else "ablation"
     output = ROOT / "runs" / f"ablation-{args.size}"
     parallel, longer = args.jobs or size["jobs"], 4 if args.longer else 1
     threads = max(1, (os.cpu_count() or 1) // parallel)
-    jobs = [(row, flags, seed) for seed in args.seeds for row, (flags, _) in rows.items()]
+    jobs = [(row, flags, seed) for seed in args.seeds for row, flags in rows.items()]
     folders = []
     for row, _, seed in jobs:
         folder = output / f"{row.replace(' ', '').replace(',', '-')}-seed{seed}"
@@ -247,18 +179,23 @@ def main():
         waiting = [pool.submit(run, *job, size, longer, folder, threads) for job, folder in zip(jobs, folders)]
         for (row, _, seed), result in zip(jobs, tqdm(waiting, unit="run"), strict=True):
             found[row, seed] = result.result()
-    print_table(rows, found, args.seeds)
-    changes = gains(rows, found, args.seeds)
-    if changes:
+    print_table(rows, found, args.seeds, papers)
+    accuracies = {row: [found[row, seed]["top1"] for seed in args.seeds] for row in rows}
+    if changes := gains(accuracies):
         print_gains(changes)
-    if args.temperatures and not args.rows:
-        draw_temperatures(output / f"{name}.png", found, args.seeds)
+    print(f"\nfigures in {output}")
+    if args.temperatures:
+        heads = {
+            head: {t: accuracies[row] for t in of_paper if (row := temperature_row(head, t)) in accuracies}
+            for head, of_paper in IMAGENET_TEMPERATURES.items()
+        }
+        draw_spread(output / f"{name}.png", {}, heads)
     else:
-        draw(output / f"{name}.png", rows, found, args.seeds, changes)
-    print(f"\n{output / f'{name}.png'}")
+        draw_ladder(output / f"{name}.png", {"here": accuracies})
+    if changes:
+        draw_spread(output / f"{name}-gains.png", accuracies, {})
     if name == "ablation" and size["data"] == "shapes" and not args.rows:
         save_contact_sheet(output / "shapes.png")
-        print(output / "shapes.png")
 
 
 if __name__ == "__main__":

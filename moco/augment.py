@@ -82,8 +82,11 @@ def cut_crops(image, boxes, sizes):
 
 
 def to_float(crops):
-    """(N, S, S, C) uint8 -> (N, C, S, S) float32 in [0, 1], channels-last by its strides. Floats keep their values."""
-    x = crops.permute(0, 3, 1, 2).float()
+    """(N, S, S, C) uint8 -> (N, C, S, S) in [0, 1], channels-last by its strides. Floats keep their values.
+
+    Of PyTorch's default precision: float32, unless a test or a check asks for float64.
+    """
+    x = crops.permute(0, 3, 1, 2).to(torch.get_default_dtype())
     return x / 255 if crops.dtype == torch.uint8 else x
 
 

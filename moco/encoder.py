@@ -24,18 +24,16 @@ def resnet_names():
 
 
 def check_arch(arch):
-    """Raise UserError unless `build_encoder` knows this architecture; the message has the nearest names."""
-    names = resnet_names()
+    """Raise UserError unless `build_encoder` knows this architecture; the message has the names, of timm's the nearest."""
     if arch.startswith(TIMM):
         with explained(f"{arch} needs timm, which is not installed", "pip install timm", ImportError):
             import timm
-        names = [TIMM + name for name in timm.list_models()]
-    if arch not in names:
-        nearest = difflib.get_close_matches(arch, names, 5, cutoff=0)
-        raise UserError(
-            f"unknown arch {arch!r}; the nearest names are {', '.join(nearest)} (a torchvision ResNet, resnet10, or"
-            " timm/NAME)"
-        )
+        names = timm.list_models()
+        if arch.removeprefix(TIMM) not in names:
+            nearest = difflib.get_close_matches(arch.removeprefix(TIMM), names, 5, cutoff=0)
+            raise UserError(f"{arch} is no model of timm; the nearest are {', '.join(TIMM + name for name in nearest)}")
+    elif arch not in resnet_names():
+        raise UserError(f"{arch} is none of {', '.join(resnet_names())}; a model of timm is timm/NAME")
 
 
 class Encoder(nn.Module):

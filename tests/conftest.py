@@ -27,6 +27,7 @@ from moco.errors import one_line_errors
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 
 ROOT = Path(__file__).parent.parent
+HANG = 1800  # seconds after which a process is taken to hang; no test passes or fails by it on a slow machine
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,7 @@ def start_script(*command, processes=1, **environment):
     )
 
 
-def run_script(*command, processes=1, timeout=300, **environment):
+def run_script(*command, processes=1, timeout=HANG, **environment):
     """Run a script as `start_script` does, to its end."""
     process = start_script(*command, processes=processes, **environment)
     try:

@@ -72,6 +72,15 @@ def write_coco(folder, split, count):
     return folder
 
 
+def edit_coco(folder, split, change):
+    """Let change(content) edit a split's annotations in place."""
+    path = folder / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
 def write_hub(folder, box_format="xywh", sized=True):
     """What save_to_disk writes of a dataset with the columns image and objects."""
     box = datasets.Sequence(datasets.Value("float32"), 4)

@@ -4,8 +4,8 @@ It serves the files below `root`/datasets/USER/NAME and `root`/models/USER/NAME,
 the real huggingface_hub talks to it: in this process after `Hub.here(monkeypatch)`, in others by `Hub.environment`.
 
 As on the Hub, a request for a parquet file at an address with /resolve/ in it is counted, and answered with a signed
-address on another host (here: another port), which takes no token and ends after a while. An hour there is `life`
-seconds here, so that a test sees many of them.
+address on another host (here: another port), which takes no token and ends after an hour. Here it ends after so many
+reads, so that no test depends on how fast it runs.
 """
 
 import base64
@@ -13,13 +13,13 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import re
 import socket
 import struct
 import threading
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -39,7 +39,8 @@ class Hub(ThreadingHTTPServer):
 
     refusals: consumed one a request with /resolve/ in its address: a status, or None. limit: (n, seconds), so many of
     these are answered in a window of so many seconds, the others 429; or None. limited: how many were.
-    resolved: (seconds since the start, file) of each signed address. life: seconds, whole ones, until one ends.
+    resolved: the file of each signed address. uses: reads that one serves before it ends; None for any number.
+    open: an Event; while it is not set, nothing is resolved.
     reads: (file, range) of each read from one. leaked: tokens that their host was sent.
     gated: names of repositories that anybody may list and nobody fetch. private: those that are there for TOKEN only.
     requests: (method, path, Range) of what was asked of the Hub itself. sent: bytes of files sent, by the RANK of the
@@ -56,8 +57,10 @@ class Hub(ThreadingHTTPServer):
         self.faults, self.gated, self.private, self.requests, self.sent = [], set(), set(), [], Counter()
         self.created, self.uploads, self.stopped, self.lock = {}, {}, threading.Event(), threading.Lock()
         self.refusals, self.limit, self.limited, self.window, self.latency = [], None, 0, (0, 0), 0.0
-        self.resolved, self.reads, self.leaked, self.ends, self.life = [], [], [], [], 3600
-        self.started, self.renamed, self.main, self.older, self.trickle = time.monotonic(), {}, COMMIT, {}, None
+        self.resolved, self.reads, self.leaked, self.used, self.uses = [], [], [], Counter(), None
+        self.started, self.renamed, self.open = time.monotonic(), {}, threading.Event()
+        self.main, self.older, self.trickle = COMMIT, {}, None
+        self.open.set()
         self.signed_host = ThreadingHTTPServer(("127.0.0.1", 0), SignedHandler)
         self.signed_host.daemon_threads, self.signed_host.hub = True, self
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -86,21 +89,18 @@ class Hub(ThreadingHTTPServer):
         """Seconds since the start."""
         return time.monotonic() - self.started
 
-    def address(self, kind, name, file, seconds, commit=""):
-        """A new signed address of a file, given out at so many seconds since the epoch."""
+    def address(self, kind, name, file, commit=""):
+        """A new signed address of a file at a commit."""
         where = f"127.0.0.1:{self.signed_host.server_port}"
-        signed = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y%m%dT%H%M%SZ")
         with self.lock:
-            self.resolved.append((self.now(), file))
-            self.ends.append(self.now() + self.life)
-            query = (
-                f"commit={commit}&X-Amz-Date={signed}&X-Amz-Expires={self.life}&X-Amz-Signature={len(self.ends) - 1}"
-            )
-        return f"http://{where}/{kind}/{name}/{file}?{query}"
+            self.resolved.append(file)
+            return f"http://{where}/{kind}/{name}/{file}?commit={commit}&X-Amz-Signature={len(self.resolved) - 1}"
 
-    def revoke(self):
-        """Refuse from now on all addresses that were given out."""
-        self.ends = [0] * len(self.ends)
+    def serves(self, serial):
+        """Count a read from a signed address: whether there is such an address, and it has not ended."""
+        with self.lock:
+            self.used[serial] += 1
+            return serial in map(str, range(len(self.resolved))) and self.used[serial] <= (self.uses or math.inf)
 
     def seconds_to_wait(self):
         """Count a request against the limit: 0 if it is within, otherwise the seconds until the next window."""
@@ -154,14 +154,11 @@ def digest(path, changed):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are sent apart, and would wait for each other
-    rank = signed = None
+    rank = None
 
     @property
     def hub(self):
         return self.server
-
-    def date_time_string(self, timestamp=None):
-        return super().date_time_string(timestamp or self.signed)  # an hour of few seconds forgives no rounding
 
     def log_message(self, *values):
         pass
@@ -224,8 +221,8 @@ class Handler(BaseHTTPRequestHandler):
                 if here and file.endswith(".parquet"):  # large files lie on another host
                     facts = {"X-Linked-Size": here.stat().st_size, "X-Linked-ETag": f'"{digest_of(here)}"'}
                     time.sleep(self.hub.latency)
-                    self.signed = time.time()
-                    where = self.hub.address(kind, name, file, self.signed, commit)
+                    self.hub.open.wait()
+                    where = self.hub.address(kind, name, file, commit)
                     commit = commit if commit in self.hub.older else self.hub.main
                     self.answer({}, 302, Location=where, X_Repo_Commit=commit, **facts)
                 else:
@@ -403,8 +400,7 @@ class SignedHandler(Handler):
         kind, user, name, file = unquote(url.path)[1:].split("/", 3)
         if token := self.headers.get("Authorization"):
             self.hub.leaked.append(token)
-        serial = parse_qs(url.query).get("X-Amz-Signature", ["-1"])[0]
-        if not serial.isdigit() or self.hub.now() > self.hub.ends[int(serial)]:
+        if not self.hub.serves(parse_qs(url.query).get("X-Amz-Signature", [""])[0]):
             self.answer({"Code": "AccessDenied"}, 403)
         else:
             with self.hub.lock:

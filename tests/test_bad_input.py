@@ -14,7 +14,7 @@ import sys
 import datasets
 import pytest
 from accelerate.tracking import get_available_trackers
-from conftest import refusal, run_script, start_script
+from conftest import HANG, refusal, run_script, start_script
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
@@ -101,7 +101,7 @@ def test_a_value_outside_its_limits(refuse, folder, tmp_path, flags, words):
     assert not (tmp_path / "run").exists()  # refused before anything is written
 
 
-@pytest.mark.skipif("wandb" in map(str, get_available_trackers()), reason="wandb is installed")
+@pytest.mark.skipif("wandb" in map(str, get_available_trackers()), reason="needs an environment without wandb")
 def test_a_tracker_that_is_not_installed(refuse, folder):
     assert "pip install wandb" in refuse("--data", folder, "--tracker", "wandb")
 
@@ -212,8 +212,8 @@ def test_an_output_without_a_name_or_in_the_data(refuse, folder, tmp_path):
 def test_two_runs_in_one_folder(refuse, folder, tmp_path):
     """The lock goes with the process that holds it, however it ends."""
     (tmp_path / "run").mkdir()
-    code = "import sys, time; from pathlib import Path; from moco.run.flags import lock; lock(Path(sys.argv[1]));"
-    holder = start_script("-c", f"{code} print('locked', flush=True); time.sleep(60)", tmp_path / "run")
+    code = "import signal, sys; from pathlib import Path; from moco.run.flags import lock; lock(Path(sys.argv[1]));"
+    holder = start_script("-c", f"{code} print('locked', flush=True); signal.pause()", tmp_path / "run")
     assert holder.stdout.readline() == "locked\n"
     line = refuse("--data", folder)
     assert f"is used by process {holder.pid} on {socket.gethostname()}" in line and "name another folder" in line
@@ -448,7 +448,7 @@ with one_line_errors():
     next(batches)
     raise {error}("the message")
 """
-    done = run_script("-c", program, timeout=60)
+    done = run_script("-c", program, timeout=HANG)
     assert done.returncode == code and ("the message" in done.stderr or "stopped by Ctrl-C" in done.stderr)
 
 

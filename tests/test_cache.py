@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import assert_same_run, is_time, metrics_of, run_script, start_script, wait_for_step
+from conftest import HANG, assert_same_run, is_time, metrics_of, run_script, start_script, wait_for_step
 from hub import serving
 
 from moco.augment import AUGMENTATIONS, MEAN, STD
@@ -192,7 +192,7 @@ def test_two_runs_share_a_folder_and_its_limit(hub, local, tmp_path):
     for process in processes:
         process.start()
     for process, (receive, _) in zip(processes, ends):
-        process.join(timeout=60)
+        process.join(timeout=HANG)
         assert process.exitcode == 0 and receive.recv() == [local[row]["label"] for row in range(75)]
     sizes = kept(RowGroupCache(tmp_path)).values()
     assert limit - max(sizes) <= sum(sizes) <= limit
@@ -210,7 +210,7 @@ def test_processes_that_write_at_once_spoil_nothing(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=HANG)
     cache = RowGroupCache(tmp_path)
     assert len(kept(cache)) == 200 and cache.used() == 1_000_000
     for name in kept(cache):

@@ -1,5 +1,7 @@
 """The C4 detectors: against detectron2's numbers, and against slow loops.
 
+detectron2 computed in float32. We compute in float64, so that the difference is detectron2's rounding on any CPU.
+
 pytest tests/test_detector.py
 MOCO_GOLDEN=FOLDER pytest tests/test_detector.py -k golden       other numbers of the same schema
 """
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer, mobilenet_v2
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from moco.detection.detect import rescale
 from moco.detection.model import build_detector
+from moco.errors import UserError
 
 ATOL = {"features": 1e-4, "boxes": 0.01, "scores": 1e-4}
 
@@ -25,7 +29,7 @@ class NarrowResNet(ResNet):
         return super()._make_layer(block, planes // 16, *args, **kwargs)
 
     def __init__(self):
-        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=0)
+        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=1)
         self.fc = nn.Identity()
 
 
@@ -37,7 +41,8 @@ class Golden:
         self.count = sum(re.fullmatch(r"input/image\d+", name) is not None for name in self.file.files)  # of images
 
     def __getitem__(self, name):
-        return torch.from_numpy(self.file[name])
+        tensor = torch.from_numpy(self.file[name])
+        return tensor.double() if tensor.is_floating_point() else tensor
 
     def under(self, prefix):
         return {name.removeprefix(prefix): self[name] for name in self.file.files if name.startswith(prefix)}
@@ -100,7 +105,7 @@ def detector(numbers):
     weights = dict(ours(name, tensor) for name, tensor in numbers.under("weights/").items())
     absent, unknown = built.load_state_dict(weights, strict=False)
     assert not unknown and all(name.endswith("num_batches_tracked") for name in absent)
-    return built.eval()
+    return built.double().eval()
 
 
 def close(actual, expected, atol, rtol=0.0):
@@ -195,3 +200,17 @@ def test_an_output_that_is_not_finite_shows_in_the_losses(detector, numbers):
     )
     losses = detector(numbers.images(), numbers.targets(True))
     assert not sum(losses.values()).isfinite() and losses["loss_classifier"].isfinite()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VisionTransformer(32, 16, 1, 1, 8, 8),
+        lambda: mobilenet_v2(width_mult=0.1),
+        lambda: type("ResNet", (nn.Sequential,), {})(),  # what is called one
+        lambda: NarrowResNet().layer4,
+    ],
+)
+def test_a_backbone_that_is_no_resnet_is_refused_whatever_it_is_called(make):
+    with pytest.raises(UserError, match="^detection needs a ResNet, and the backbone is a [^\n]*$"):
+        build_detector(make(), 20)

@@ -27,7 +27,7 @@ from moco.data.batches import center_crop
 from moco.data.decode import FORMATS, UNDECODABLE, decode_crops, decode_image, traits
 from moco.data.load import load_splits
 from moco.data.views import FastViews
-from moco.detection.data import image_size
+from moco.detection.records import image_size
 from moco.encoder import build_encoder
 from moco.errors import UserError
 from moco.run.checkpoint import load_checkpoint, read_metrics, save_checkpoint

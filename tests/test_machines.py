@@ -9,7 +9,7 @@ from contextlib import suppress
 import datasets
 import psutil
 import pytest
-from conftest import assert_same_run, start_script, wait_for_step, write_parquet
+from conftest import HANG, assert_same_run, start_script, wait_for_step, write_parquet
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def finish(*processes):
     """Wait for launchers to succeed."""
     try:
         for process in processes:
-            _, stderr = process.communicate(timeout=300)
+            _, stderr = process.communicate(timeout=HANG)
             assert process.returncode == 0, stderr
     finally:
         for process in processes:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from moco.data.order import Order
 from moco.errors import UserError
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 from moco.run.launch import stoppable
-from moco.run.run import Run
+from moco.run.run import CHECKPOINT_SECONDS, Run
 
 
 class Images:
@@ -147,13 +148,16 @@ def test_a_signal_stops_after_a_saved_step(start, tmp_path, capsys, number, code
 
 def test_a_second_ctrl_c_ends_at_once_unless_a_launcher_repeats_the_first():
     code = """if True:
-        import signal, time
-        from moco.run.launch import CAUGHT, catch_signals
-        catch_signals()
+        import signal
+        from types import SimpleNamespace
+        from moco.run import launch
+        seconds = [0.0]
+        launch.time = SimpleNamespace(monotonic=lambda: seconds[0])
+        launch.catch_signals()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        print(len(CAUGHT), flush=True)
-        time.sleep(1.1)
+        print(len(launch.CAUGHT), flush=True)
+        seconds[0] = 1.1
         signal.raise_signal(signal.SIGINT)
         print("went on")"""
     done = run_script("-c", code)
@@ -178,16 +182,18 @@ def test_threads_that_the_user_chose_are_told_from_those_of_a_launcher(chosen):
 def test_cpu_threads_sleep_soon_while_they_wait(script):
     """GNU's OpenMP reads the variable when torch is loaded, and then says what it will do."""
     if not any("libgomp" in line for line in open("/proc/self/maps")):
-        pytest.skip("this torch has another OpenMP")
+        pytest.skip("needs a torch with GNU's OpenMP, libgomp")
     assert "GOMP_SPINCOUNT = '1000'" in run_script(script, "--help", OMP_DISPLAY_ENV="verbose").stderr
 
 
 def test_a_checkpoint_is_due_when_the_last_is_long_ago(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.run.run.CHECKPOINT_SECONDS", 0.5)
+    seconds = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: seconds[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("moco.run.run.time", clock)
     run = start(checkpoint_every=100)
     for step in run.steps():
         if step == 3:
-            time.sleep(0.6)
+            seconds[0] = CHECKPOINT_SECONDS + 1
         take_step(run)
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_0", "step_5", "step_10"]
 

@@ -28,16 +28,16 @@ def test_order_is_a_permutation_that_depends_on_seed_and_step_alone():
 @pytest.mark.parametrize("bn_batch", [2, 4, 8])
 def test_keys_equal_a_loop_over_the_groups(bn_batch):
     torch.manual_seed(0)
-    encoder, images, order = build_encoder("resnet10", dim=8), torch.randn(8, 3, 32, 32), shuffle_order(0, 0, 8)
-    slow_encoder = copy.deepcopy(encoder)
+    encoder, order = build_encoder("resnet10", dim=8).double(), shuffle_order(0, 0, 8)
+    images, slow_encoder = torch.randn(8, 3, 32, 32).double(), copy.deepcopy(encoder)
     keys = encode_keys(encoder, images, order, bn_batch, Accelerator(cpu=True))
     for group in order.split(bn_batch):
         with torch.no_grad():
             encoded = slow_encoder(torch.stack([images[i] for i in group]))
         for i, key in zip(group, encoded):
-            torch.testing.assert_close(keys[i], key / key.norm(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(keys[i], key / key.norm(), rtol=0, atol=1e-9)
     for name, buffer in encoder.named_buffers():
-        torch.testing.assert_close(buffer, slow_encoder.get_buffer(name))
+        torch.testing.assert_close(buffer, slow_encoder.get_buffer(name), rtol=0, atol=1e-9)
     assert not keys.requires_grad
 
 

@@ -311,7 +311,10 @@ def hub(parquet_folder):
 
 
 def assert_same_rows(hub, parquet_folder, faults):
-    """Read the whole of some/one, the footers and row groups of the last file with these faults."""
+    """Read the whole of some/one, the footers and row groups of the last file with these faults.
+
+    Returns how many reads and resolves the server had.
+    """
     paths = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
     footers = read_footers(paths[:2], Traffic())
     hub.faults = list(faults)
@@ -319,9 +322,8 @@ def assert_same_rows(hub, parquet_folder, faults):
     local, _ = load_splits(str(parquet_folder))
     assert images.fingerprint() == local.fingerprint()
     assert [images[row] for row in range(75)] == [local[row] for row in range(75)]
-    failed = len([fault for fault in faults if fault])
-    assert not hub.faults and len(hub.reads) == 3 + 9 + failed and len(hub.resolves()) == 3 + failed
-    assert not hub.leaked
+    assert not hub.faults and not hub.leaked
+    return len(hub.reads), len(hub.resolves())
 
 
 @pytest.mark.parametrize(
@@ -332,13 +334,16 @@ def assert_same_rows(hub, parquet_folder, faults):
 def test_faults_of_the_server_change_nothing(hub, parquet_folder, monkeypatch, faults):
     """One read a footer and a row group, one resolve a file, and one more of each for a fault."""
     hub.here(monkeypatch, TOKEN)
-    assert_same_rows(hub, parquet_folder, faults)
+    failed = len([fault for fault in faults if fault])
+    assert assert_same_rows(hub, parquet_folder, faults) == (3 + 9 + failed, 3 + failed)
 
 
 def test_a_connection_that_stalls_is_given_up_and_tried_again(hub, parquet_folder, monkeypatch):
+    """On a slow machine others may be given up, too, which changes nothing."""
     hub.here(monkeypatch)
     monkeypatch.setattr("moco.data.hub.TIMEOUT", 0.5)
-    assert_same_rows(hub, parquet_folder, ["stall", None, "stall"])
+    reads, _ = assert_same_rows(hub, parquet_folder, ["stall", None, "stall"])
+    assert reads >= 3 + 9 + 2
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -17,7 +17,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, assert_same_run, final_state, is_time, metrics_of, run_script, start_script, wait_for_step
+from conftest import (
+    HANG,
+    ROOT,
+    assert_same_run,
+    final_state,
+    is_time,
+    metrics_of,
+    run_script,
+    start_script,
+    wait_for_step,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -46,20 +56,30 @@ def folder(tmp_path_factory):
     return root
 
 
-def train(folder, output, *flags, **options):
-    done = run_script("train_moco.py", "--data", folder, "--output", output, *SMALL, *flags, **options)
+def train(folder, output, *flags, script=("train_moco.py",), **options):
+    done = run_script(*script, "--data", folder, "--output", output, *SMALL, *flags, **options)
     assert done.returncode == 0, done.stderr
     return done
 
 
-# ---- the numbers of a run
+DOUBLE = ("tests/double.py", "train_moco.py")
 
 
-def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
+@pytest.fixture
+def double():
+    """PyTorch's default precision is float64, as tests/double.py sets it."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ---- the numbers of a run, in float64: in float32 they depend on the CPU after a few steps
+
+
+def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path, double):
     """The script's losses beside the paper's pseudo-code: one encoder call a group, no library of ours in the step."""
-    train(
-        folder, tmp_path / "run", "--batch-size", 16, "--bn-batch", 8, "--epochs", 1, "--workers", 0, "--knn-every", 0
-    )
+    flags = ["--batch-size", 16, "--bn-batch", 8, "--epochs", 1, "--workers", 0, "--knn-every", 0]
+    train(folder, tmp_path / "run", *flags, script=DOUBLE)
     logged = [line["loss"] for line in metrics_of(tmp_path / "run")]
 
     torch.manual_seed(0)
@@ -81,7 +101,7 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
         l_pos = torch.bmm(q.view(16, 1, 16), k.view(16, 16, 1)).squeeze(2)
         l_neg = torch.mm(q, queue)
         loss = F.cross_entropy(torch.cat([l_pos, l_neg], dim=1) / 0.2, torch.zeros(16, dtype=torch.long))
-        assert logged[step] == pytest.approx(loss.item(), abs=1e-4)
+        assert logged[step] == pytest.approx(loss.item(), abs=1e-9)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -90,47 +110,41 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path):
 
 
 def test_one_and_two_processes_take_the_same_steps(folder, tmp_path):
-    """Same images in the same steps, so the same losses, queue and key encoder, for 20 steps.
-
-    A forward pass for each group, so that gradients are added in the same order: BatchNorm over few images multiplies
-    a difference in the last bit by a hundred each step.
-    """
-    flags = ["--batch-size", 32, "--bn-batch", 16, "--micro-batch", 16, "--epochs", 10, "--knn-every", 5, "--workers"]
-    train(folder, tmp_path / "one", *flags, 0)
-    train(folder, tmp_path / "two", *flags, 1, processes=2)
+    """Same images in the same steps, so the same losses, kNN accuracies, queue and key encoder, for 8 steps."""
+    flags = ["--batch-size", 32, "--bn-batch", 16, "--micro-batch", 16, "--epochs", 4, "--knn-every", 2, "--workers"]
+    train(folder, tmp_path / "one", *flags, 0, script=DOUBLE)
+    train(folder, tmp_path / "two", *flags, 1, script=DOUBLE, processes=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert len(one) == len(two) == 21
+    assert len(one) == len(two) == 9
     for line, other in zip(one, two):
-        assert line.get("loss") == pytest.approx(other.get("loss"), abs=1e-4)
-        assert line.get("lr") == other.get("lr")
+        assert line == pytest.approx(other, abs=1e-9)
     (tensors, _), (others, _) = final_state(tmp_path / "one"), final_state(tmp_path / "two")
-    torch.testing.assert_close(tensors["queue"]["keys"], others["queue"]["keys"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(tensors["queue"]["keys"], others["queue"]["keys"], rtol=0, atol=1e-9)
     assert tensors["queue"]["cursor"].equal(others["queue"]["cursor"])
     for name, value in tensors["key_encoder"].items():
         if "running" in name:  # an estimate: one process updates it group by group, two processes average theirs
             torch.testing.assert_close(value, others["key_encoder"][name], rtol=0.05, atol=0.01)
         elif "num_batches" not in name:
-            torch.testing.assert_close(value, others["key_encoder"][name], rtol=0, atol=1e-5)
+            torch.testing.assert_close(value, others["key_encoder"][name], rtol=0, atol=1e-9)
 
 
-def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_path):
+def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_path, double):
     flags = ["--recipe", "simclr", "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0, "--optimizer", "sgd"]
-    flags += ["--temperature", 0.5]  # lower ones multiply differences of rounding
-    train(folder, tmp_path / "run", *flags, "--workers", 0, "--knn-every", 0)
+    train(folder, tmp_path / "run", *flags, "--workers", 0, "--knn-every", 0, script=DOUBLE)
     logged = metrics_of(tmp_path / "run")
 
     torch.manual_seed(0)
-    f = build_encoder("resnet10", dim=16, head="mlp").to(memory_format=torch.channels_last)  # or sums round otherwise
+    f = build_encoder("resnet10", dim=16, head="mlp")
     optimizer = torch.optim.SGD(f.parameters(), lr=0.3 * 16 / 256, momentum=0.9, weight_decay=1e-6)
     images = load_splits(str(folder))[0]
     views, order = FastViews(AUGMENTATIONS["simclr"], 32, MEAN, STD), Order(16, 0)
     batches = views.batches(images, order, 0)
     for step, line in enumerate(logged):
         z = F.normalize(f(torch.cat(views.on_device(next(batches)[0], order, step, "cpu"))), dim=1)
-        s = z @ z.T / 0.5
+        s = z @ z.T / 0.1
         losses = [torch.logsumexp(torch.cat([s[i, :i], s[i, i + 1 :]]), 0) - s[i, (i + 16) % 32] for i in range(32)]
         loss = torch.stack(losses).mean()
-        assert line["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert line["loss"] == pytest.approx(loss.item(), abs=1e-9)
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = line["lr"]
@@ -141,18 +155,17 @@ def test_first_steps_of_simclr_are_its_algorithm_written_plainly(folder, tmp_pat
 def test_simclr_on_one_and_two_processes(folder, tmp_path):
     """The loss is over the global batch and its gradient whole, with two BatchNorm groups a process."""
     flags = ["--recipe", "simclr", "--batch-size", 32, "--bn-batch", 8, "--epochs", 3, "--warmup-epochs", 1]
-    train(folder, tmp_path / "one", *flags, "--workers", 0, "--knn-every", 0)
-    train(folder, tmp_path / "two", *flags, "--workers", 0, "--knn-every", 0, processes=2)
+    train(folder, tmp_path / "one", *flags, "--workers", 0, "--knn-every", 0, script=DOUBLE)
+    train(folder, tmp_path / "two", *flags, "--workers", 0, "--knn-every", 0, script=DOUBLE, processes=2)
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert len(one) == len(two) == 6
     for line, other in zip(one, two):
-        assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
-        assert line["accuracy"] == pytest.approx(other["accuracy"], abs=1e-3) and line["lr"] == other["lr"]
+        assert line == pytest.approx(other, abs=1e-9)
     (tensors, _), (others, _) = final_state(tmp_path / "one"), final_state(tmp_path / "two")
     assert tensors.keys() == others.keys() == {"query_encoder", "optimizer"}
     for name, value in tensors["query_encoder"].items():
         if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(value, others["query_encoder"][name], rtol=0, atol=1e-5)
+            torch.testing.assert_close(value, others["query_encoder"][name], rtol=0, atol=1e-9)
 
 
 def test_simclr_resumes_where_it_was(folder, tmp_path):
@@ -211,13 +224,11 @@ def test_killed_twice_and_resumed_is_the_uninterrupted_run(folder, uninterrupted
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_exits(folder, uninterrupted, tmp_path, number, code):
     output = tmp_path / "run"
-    process = start(folder, output, *RUN, "--workers", 1)
-    wait_for_step(process, output, 4)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code
+    flags = ["--data", folder, "--output", output, *SMALL, *RUN, "--workers", 1]
+    done = run_script("tests/signalled.py", int(number), 4, "train_moco.py", *flags)
+    assert done.returncode == code
     step = final_state(output)[1]["step"]
-    assert step >= 4 and f"stopped after step {step}" in stderr
+    assert 4 <= step <= 6 and f"stopped after step {step}" in done.stderr
     resumed = run_script("train_moco.py", "--output", output, "--resume")  # the flags are in the folder
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(output, uninterrupted)
@@ -230,7 +241,7 @@ def test_sigterm_to_every_process_leaves_the_workers_their_batch(folder, tmp_pat
     wait_for_step(process, output, 4)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 143 and f"stopped after step {final_state(output)[1]['step']}" in stderr
 
 
@@ -245,7 +256,7 @@ def test_sigterm_to_two_processes_stops_both_at_the_same_step(folder, tmp_path, 
     if target == "the second process":
         stopped = next(p for p in psutil.Process(launcher.pid).children() if p.environ()["RANK"] == "1")
     stopped.send_signal(signal.SIGTERM)
-    _, stderr = launcher.communicate(timeout=120)
+    _, stderr = launcher.communicate(timeout=HANG)
     step = final_state(output)[1]["step"]
     assert f"stopped after step {step}" in stderr
     if target == "the second process":
@@ -255,7 +266,7 @@ def test_sigterm_to_two_processes_stops_both_at_the_same_step(folder, tmp_path, 
 def test_closed_streams_do_not_end_a_training(folder, uninterrupted, tmp_path):
     flags = ["--data", folder, "--output", tmp_path / "run", *SMALL, *RUN, "--workers", 0]
     command = shlex.join(map(str, [sys.executable, "train_moco.py", *flags]))
-    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=ROOT, timeout=300)
+    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], cwd=ROOT, timeout=HANG)
     assert done.returncode == 0
     assert_same_run(tmp_path / "run", uninterrupted)
 

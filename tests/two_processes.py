@@ -12,9 +12,10 @@ from torch import nn
 
 from moco.backbone import load_backbone
 from moco.data.shapes import draw_scene, encode_jpeg
-from moco.detection.data import SCENE_SIZE, DetectionImages, objects
+from moco.detection.data import SCENE_SIZE, DetectionImages
 from moco.detection.detect import detect, precise_statistics
 from moco.detection.model import build_detector
+from moco.detection.records import objects
 
 
 def seen(accelerator):

@@ -105,6 +105,7 @@ def read_folder(folder, encoder):
         check_single(folder, encoder)
     with reading_json(folder / "args.json", RESTORE) as settings:
         known = {"arch": settings["arch"], "image_size": int(settings["image_size"]), "settings": settings}
+        known |= {name: settings[name] for name in ("mean", "std") if settings.get(name)}
     weights = tensors[f"{encoder}_encoder"]
     parts = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     return parts or weights, known  # before an encoder had two parts it was a ResNet with the head as its `fc`

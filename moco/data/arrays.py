@@ -157,10 +157,11 @@ class ArrayImages(ImageRows):
             if self.given.dtype.kind not in "iu" or self.given.ndim != 1:
                 raise UserError(f"labels are {self.given.ndim}-dimensional, {self.given.dtype}; they must be (N,) ints")
             self.labels = self.given.astype(np.int64)
-        self.first_image, label = self.read(0)
+        self.first_image, label = self.first_readable()
         self.column_names = ["image"] + ([] if label is None else ["label"])
         for row in range(0, len(self), -(-len(self) // READ_TWICE)):
-            if not np.array_equal(self.read(row)[0], self.read(row)[0], equal_nan=True):
+            image, again = (self[row]["image"] for _ in range(2))
+            if isinstance(image, np.ndarray) and not np.array_equal(image, again):
                 raise UserError(
                     f"image {row} has other pixels each time it is read, so that no run could be resumed; give random"
                     " transforms to TransformViews instead of to the dataset"
@@ -168,6 +169,15 @@ class ArrayImages(ImageRows):
         if PartialState().is_main_process:
             height, width, channels = self.first_image.shape
             print(f"arrays  {len(self)} images; the first has {channels} channels of {height} x {width} pixels")
+
+    def first_readable(self):
+        """What `read` gives for the first row that can be read."""
+        for row in range(len(self)):
+            try:
+                return self.read(row)
+            except UNDECODABLE as error:
+                if isinstance(error, UserError) or row == len(self) - 1:
+                    raise
 
     def __len__(self):
         return len(self.dataset)

@@ -130,7 +130,7 @@ def loader(dataset, items, workers):
 
 
 def as_made(batch):
-    """No conversion: it would turn a COCO target's polygons into thousands of tensors, which DDP then moves to GPUs."""
+    """No conversion: it would turn a COCO target's masks into thousands of tensors, which DDP then moves to GPUs."""
     return batch
 
 

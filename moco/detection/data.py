@@ -1,12 +1,9 @@
 """Detection data: VOCdevkit and COCO folders, Hub datasets of VOC's shape, the built-in shapes, as batches and scored.
 
-Everything becomes a list of records, one for each image: {"image": encoded, as `decode_image` takes it, or (dataset,
-row), "name", "width", "height", "boxes" (m, 4) float32 xyxy from 0, "labels" (m,) int64 from 0, "difficult" (m,)
-bool}, and for COCO "id" and "polygons", a list of (points, 2) arrays for each box.
+Everything becomes a list of the records that records.py describes, one for each image.
 """
 
 import hashlib
-import json
 import xml.etree.ElementTree
 from collections import Counter
 from pathlib import Path
@@ -18,11 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moco.data.decode import UNDECODABLE, decode_image, encoded_bytes, open_image, read_image
+from moco.data.decode import UNDECODABLE, read_image
 from moco.data.find import check_hub_name
 from moco.data.shapes import CLASSES as SHAPES_CLASSES
 from moco.data.shapes import draw_scene, encode_jpeg
-from moco.detection.coco import evaluate_coco
+from moco.detection.coco import evaluate_coco, load_coco, move_mask
+from moco.detection.records import check_records, decode_record, image_size, objects, trainable
 from moco.detection.voc import evaluate_voc
 from moco.errors import UserError, explained, first_line
 from moco.jsonfile import DAMAGE
@@ -38,7 +36,7 @@ SCENE_SIZE, SCENE_OBJECTS = 96, 4  # pixels a side; objects in an image, at most
 class DetectionData(NamedTuple):
     """What `load_detection` returns. metric: "VOC" or "COCO". left_out: {what: how many}, to be reported.
 
-    annotations: the file that COCO's metric reads.
+    truth: what COCO's metric compares with. masks: whether masks are trained, too, which only COCO has.
     """
 
     train: list
@@ -46,82 +44,46 @@ class DetectionData(NamedTuple):
     classes: list
     metric: str
     left_out: Counter
-    annotations: Path | None = None
+    truth: dict | None = None
+    masks: bool = False
 
 
 # ---- a name -> records
 
 
-def load_detection(name, years=("2007", "2012"), box_format="xywh"):
+def load_detection(name, years=("2007", "2012"), box_format="xywh", masks="auto"):
     """The detection data that `name` stands for.
 
     name: "shapes"; a VOCdevkit folder (trainval of `years` to train on, VOC2007's test set); a COCO folder (train2017,
     val2017 and annotations/); a folder that `save_to_disk` wrote; or USER/NAME on the Hub. The last two have columns
     "image" and "objects", the latter with "bbox" in `box_format` (xywh or xyxy), "category" and possibly "difficult".
-    Raises UserError for data that is not there, not complete, or of an unknown class.
+    masks: of COCO; "auto" trains them where most objects have one.
+    Raises UserError for data that is not there, not complete, of an unknown class, or with boxes for other images.
     """
     folder, left_out = Path(name), Counter()
     if name == "shapes":
         return DetectionData(scene_records("train"), scene_records("test"), list(SHAPES_CLASSES), "VOC", left_out)
-    if is_coco(name):
-        train, classes = coco_records(folder, "train2017", left_out)
-        test, test_classes = coco_records(folder, "val2017", Counter())
-        if test_classes != classes:
-            raise UserError(
-                f"--data {name}: the categories of train2017 and val2017 differ; both need the same file set"
-            )
-        annotations = folder / "annotations" / "instances_val2017.json"
-        return DetectionData(trainable(train, name, left_out), test, classes, "COCO", left_out, annotations)
     devkit = folder / "VOCdevkit" if (folder / "VOCdevkit").is_dir() else folder
-    if any(devkit.glob("VOC20*")):
+    if is_coco(name):
+        train, test, classes, truth, masks = load_coco(folder, masks, left_out)
+        data = DetectionData(train, test, classes, "COCO", left_out, truth, masks)
+    elif any(devkit.glob("VOC20*")):
         train = [record for year in years for record in voc_records(devkit, year, "trainval", left_out)]
         test = voc_records(devkit, "2007", "test", Counter())
-        return DetectionData(trainable(train, name, left_out), test, VOC_CLASSES, "VOC", left_out)
-    train, test, classes = hub_records(name, box_format, left_out)
-    return DetectionData(trainable(train, name, left_out), test, classes, "VOC", left_out)
+        data = DetectionData(train, test, VOC_CLASSES, "VOC", left_out)
+    else:
+        train, test, classes = hub_records(name, box_format, left_out)
+        data = DetectionData(train, test, classes, "VOC", left_out)
+    check_records(data.train, "training", name, left_out)
+    check_records(data.test, "test", name, left_out)
+    if not any((~record["difficult"]).any() for record in data.test):
+        raise UserError(f"--data {name} has no object in its {len(data.test)} test images to compare detections with")
+    return data._replace(train=trainable(data.train, name, left_out))
 
 
 def is_coco(name):
     """Whether `name` is a COCO folder."""
     return (Path(name) / "annotations").is_dir()
-
-
-def trainable(records, name, left_out):
-    """The records that have boxes, clipped to their images; what is dropped is counted in `left_out`.
-
-    Raises UserError if nothing is left. Objects marked difficult stay, as in the reference.
-    """
-    kept = []
-    for record in records:
-        limits = np.array([record["width"], record["height"]] * 2, np.float32)
-        boxes = record["boxes"].clip(0, limits)
-        left_out["boxes clipped to their image"] += int((boxes != record["boxes"]).any(axis=1).sum())
-        good = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-        left_out["boxes without area in their image"] += int((~good).sum())
-        if good.any():
-            kept.append(select_objects(record | {"boxes": boxes}, good))
-        else:
-            left_out["training images without objects"] += 1
-    if not kept:
-        raise UserError(f"--data {name} has no training image with an object in it, of {len(records)} images")
-    return kept
-
-
-def select_objects(record, chosen):
-    """The record with only the objects where `chosen`, (m,) bool."""
-    record = record | {key: record[key][chosen] for key in ("boxes", "labels", "difficult")}
-    if "polygons" in record:
-        record["polygons"] = [polygons for polygons, take in zip(record["polygons"], chosen, strict=True) if take]
-    return record
-
-
-def objects(boxes, labels, difficult=None):
-    """Lists -> the three arrays of a record."""
-    return {
-        "boxes": np.array(boxes, np.float32).reshape(-1, 4),
-        "labels": np.array(labels, np.int64),
-        "difficult": np.zeros(len(labels), bool) if difficult is None else np.array(difficult, bool),
-    }
 
 
 def scene_records(split):
@@ -173,61 +135,6 @@ def voc_record(root, name, left_out):
     if min(width, height) < 1:
         width, height = image_size(image, left_out)
     return {"image": image, "name": name, "width": width, "height": height, **objects(boxes, labels, difficult)}
-
-
-def image_size(image, left_out):
-    """(width, height) from the header of an encoded image; (1, 1), which holds no box, where it cannot be decoded."""
-    try:
-        with open_image(encoded_bytes(image)) as opened:
-            return opened.size
-    except UNDECODABLE:
-        left_out["images whose size cannot be read"] += 1
-        return 1, 1
-
-
-def coco_records(folder, split, left_out):
-    """(records, class names) of one split of a COCO folder: no crowds, and labels in the order of category ids."""
-    path = folder / "annotations" / f"instances_{split}.json"
-    if not path.exists() or not (folder / split).is_dir():
-        missing = folder / split if path.exists() else path
-        raise UserError(f"{missing} is missing: unpack COCO's {split} and annotations_trainval2017 into {folder}")
-    with explained(f"{path} cannot be read as COCO annotations", "unpack it again", *DAMAGE):
-        content = json.loads(path.read_text())
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        annotations = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            annotations[annotation["image_id"]].append(annotation)
-    label_of = {category["id"]: label for label, category in enumerate(categories)}
-    records, absent = [], []
-    for image in content["images"]:
-        file = folder / split / image["file_name"]
-        if not file.exists():
-            absent.append(file)
-        boxes, labels, polygons = [], [], []
-        for annotation in annotations[image["id"]]:
-            if annotation.get("iscrowd", 0):
-                left_out["crowds"] += 1
-                continue
-            if annotation["category_id"] not in label_of:
-                raise UserError(
-                    f"{path}: annotation {annotation['id']} has category {annotation['category_id']}, unknown"
-                )
-            rings = annotation.get("segmentation") or []
-            rings = [r for r in rings if len(r) % 2 == 0 and len(r) >= 6] if isinstance(rings, list) else []
-            if not rings:
-                left_out["objects without a polygon"] += 1
-                continue
-            x, y, width, height = annotation["bbox"]
-            boxes.append([x, y, x + width, y + height])
-            labels.append(label_of[annotation["category_id"]])
-            polygons.append([np.array(ring, np.float32).reshape(-1, 2) for ring in rings])
-        records.append(
-            {"image": {"bytes": None, "path": str(file)}, "name": image["file_name"], "id": image["id"]}
-            | {"width": image["width"], "height": image["height"], "polygons": polygons, **objects(boxes, labels)}
-        )
-    if absent:
-        raise UserError(f"{len(absent)} of the {len(records)} images that {path} lists are missing, first {absent[0]}")
-    return records, [category["name"] for category in categories]
 
 
 def hub_records(name, box_format, left_out):
@@ -292,7 +199,7 @@ def resized_shape(height, width, short, longest):
     if max(scaled) > longest:
         shrink = longest / max(scaled)
         scaled = (scaled[0] * shrink, scaled[1] * shrink)
-    return int(scaled[0] + 0.5), int(scaled[1] + 0.5)
+    return max(1, int(scaled[0] + 0.5)), max(1, int(scaled[1] + 0.5))
 
 
 class DetectionImages(Dataset):
@@ -300,15 +207,16 @@ class DetectionImages(Dataset):
 
     Item [(iteration, index), ...] is [(image (3, h, w) uint8, target), ...] and the undecodable as [(name, reason)].
     target: "boxes" (m, 4) at the network's size, "labels" (m,) from 1, as 0 is the background, "index", and for COCO
-    "polygons". In training (`seed` is not None) the short side, drawn from `sizes`, and the flip are functions of
-    (seed, iteration, index), an image that cannot be decoded is replaced by the next one, and "seed" is there for what
-    the detector samples. In evaluation such an image comes back as None.
+    "masks" as records have them. In training (`seed` is not None) the short side, drawn from `sizes`, and the flip are
+    functions of (seed, iteration, index), an image that cannot be decoded or is not of its annotated size is replaced
+    by the next one, and "seed" is there for what the detector samples. In evaluation such an image comes back as None.
     """
 
     traffic = None  # it is not streamed
 
     def __init__(self, records, sizes, longest, seed=None):
         self.records, self.sizes, self.longest, self.seed = records, sizes, longest, seed
+        self.rows = [{"image": record, "name": record["name"]} for record in records]  # as `read_image` takes them
 
     def __len__(self):
         return len(self.records)
@@ -329,20 +237,20 @@ class DetectionImages(Dataset):
         items, undecodable = [], []
         for iteration, index in rows:
             if self.seed is not None:
-                image, record, failed = read_image(self.records, index, decode_stored)
-                items.append(self.prepare(image, record, iteration, index))
+                image, row, failed = read_image(self.rows, index, decode_record)
+                items.append(self.prepare(image, row["image"], iteration, index))
                 undecodable += failed
                 continue
             record = self.records[index]
             try:
-                items.append(self.prepare(decode_stored(record["image"]), record, iteration, index))
+                items.append(self.prepare(decode_record(record), record, iteration, index))
             except UNDECODABLE as error:
                 items.append((None, {"index": index}))
                 undecodable.append((record["name"], first_line(error)))
         return items, undecodable
 
     def prepare(self, image, record, iteration, index):
-        """Resize by Pillow, as the reference; flip; move boxes and polygons along."""
+        """Resize by Pillow, as the reference; flip; move boxes and masks along."""
         short, flip, sampling = self.sizes[-1], False, {}
         if self.seed is not None:
             rng = np.random.default_rng([*b"view", self.seed, iteration, index])
@@ -354,29 +262,28 @@ class DetectionImages(Dataset):
             image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR))
         scale = np.array([new_width / width, new_height / height], np.float32)
         boxes = (record["boxes"].reshape(-1, 2, 2) * scale).clip(0, (new_width, new_height))
-        polygons = [[ring * scale for ring in rings] for rings in record.get("polygons", [])]
         if flip:
             image = image[:, ::-1]
             boxes = np.stack([new_width - boxes[:, ::-1, 0], boxes[..., 1]], axis=2)
-            polygons = [[ring * (-1, 1) + (new_width, 0) for ring in rings] for rings in polygons]
-        good = (boxes[:, 1] > boxes[:, 0]).all(axis=1)  # a size other than annotated may leave none of a box
+        good = (boxes[:, 1] > boxes[:, 0]).all(axis=1)  # in float32 a thin box may have no area left
         target = {
             "boxes": torch.from_numpy(boxes.reshape(-1, 4)[good].astype(np.float32)),
             "labels": torch.from_numpy(record["labels"][good] + 1),
             "index": index,
             **sampling,
         }
-        if "polygons" in record:
-            target["polygons"] = [rings for rings, take in zip(polygons, good, strict=True) if take]
+        if "masks" in record:
+            moved = [move_outline(mask, scale, new_height, new_width, flip) for mask in record["masks"]]
+            target["masks"] = [mask for mask, take in zip(moved, good, strict=True) if take]
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target
 
 
-def decode_stored(image):
-    """A record's image as pixels: encoded, or (dataset, row) to be read from there."""
-    if isinstance(image, tuple):
-        dataset, row = image
-        image = dataset[row]["image"]
-    return decode_image(image)
+def move_outline(mask, scale, height, width, flip):
+    """A record's mask, polygons or a run-length encoding, on its image of another size, and flipped."""
+    if isinstance(mask, dict):
+        return move_mask(mask, height, width, flip)
+    rings = [ring * scale for ring in mask]
+    return [ring * (-1, 1) + (width, 0) for ring in rings] if flip else rings
 
 
 def micro_batch_rows(portrait, batch_size, micro_batch, seed, start, rank, world):
@@ -413,7 +320,7 @@ def evaluate_detections(data, predictions):
     for COCO {"box", "mask"}, each a dict of "AP", "AP50", "AP75", "per_class" ...
     """
     if data.metric == "COCO":
-        return evaluate_coco(data.annotations, [record["id"] for record in data.test], predictions)
+        return evaluate_coco(data.truth, [record["id"] for record in data.test], predictions)
     return {
         rule: evaluate_voc(predictions, data.test, data.classes, use_07_metric=rule == "voc2007")
         for rule in ("voc2007", "area")

@@ -77,7 +77,7 @@ def paste_masks(masks, boxes, size):
         grid = torch.stack(
             [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=3
         )  # (chunk, H, W, 2)
-        pasted[part] = F.grid_sample(masks[part, None].float(), grid, align_corners=False)[:, 0] >= 0.5
+        pasted[part] = F.grid_sample(masks[part, None].to(grid), grid, align_corners=False)[:, 0] >= 0.5
     return pasted
 
 

@@ -19,6 +19,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image, roi_align
 
 from moco.augment import MEAN, STD
+from moco.detection.coco import decode_masks
 from moco.errors import UserError
 
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # pixels
@@ -76,11 +77,14 @@ def build_detector(
 def check_resnet(backbone):
     """Raise UserError unless the backbone is a torchvision ResNet for images of three channels."""
     if not isinstance(backbone, ResNet):
-        kind = type(backbone).__name__
-        raise UserError(f"a C4 detector needs a torchvision ResNet as backbone, got a {kind}; name another --backbone")
+        kind = f"{type(backbone).__module__}.{type(backbone).__qualname__}"
+        raise UserError(
+            f"detection needs a ResNet of torchvision, whose layers the C4 detector is made of, got a {kind}; name"
+            " another --backbone"
+        )
     if backbone.conv1.in_channels != 3:
         raise UserError(
-            f"a C4 detector needs a backbone for images of 3 channels, got one for {backbone.conv1.in_channels}; name"
+            f"detection needs a backbone for images of 3 channels, got one for {backbone.conv1.in_channels}; name"
             " another --backbone"
         )
 
@@ -163,12 +167,17 @@ class C4Anchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
+def not_half(x):
+    """x in float32; in float64 if it is already, as the tests against detectron2 have it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Float32RPNHead(RPNHead):
     """torchvision's head with outputs in float32, because half precision is too coarse for coordinates."""
 
     def forward(self, features):
         logits, deltas = super().forward(features)
-        return [x.float() for x in logits], [x.float() for x in deltas]
+        return list(map(not_half, logits)), list(map(not_half, deltas))
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -262,7 +271,7 @@ class BoxPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return self.cls_score(x).float(), F.pad(self.bbox_pred(x).float(), (4, 0))
+        return not_half(self.cls_score(x)), F.pad(not_half(self.bbox_pred(x)), (4, 0))
 
 
 class MaskPredictor(nn.Module):
@@ -278,7 +287,7 @@ class MaskPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return self.predictor(F.relu(self.deconv(x))).float()
+        return not_half(self.predictor(F.relu(self.deconv(x))))
 
 
 class C4Heads(RoIHeads):
@@ -288,7 +297,7 @@ class C4Heads(RoIHeads):
         return self.mask_predictor is not None
 
     def check_targets(self, targets):
-        pass  # "masks" or "polygons": `mask_targets`
+        pass  # masks in any form: `mask_targets`
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
@@ -363,21 +372,31 @@ def mask_loss(mask_logits, truth, labels):
 def mask_targets(target, boxes, indices):
     """What the masks of RoIs should be: (n, 14, 14) of 0 and 1.
 
-    target: with "polygons" (MASK_FORMAT polygon, the reference's) or bit masks "masks" (m, H, W). boxes: (n, 4).
-    indices: the object that each RoI matched. Polygons are drawn by COCO's own routine, one RoI at a time on the host.
+    boxes: (n, 4). indices: the object that each RoI matched. target: with "masks", for each object its polygons,
+    (points, 2) each (MASK_FORMAT polygon, the reference's), or its bits (MASK_FORMAT bitmask): (H, W), or run-length
+    encoded. All is drawn on the host, polygons by COCO's own routine.
     """
-    if "masks" in target:
-        masks = target["masks"][indices][:, None].float()
-        rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes), boxes], dim=1)
-        return (roi_align(masks, rois, POOLED, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+    device, boxes, indices = boxes.device, boxes.double().cpu(), indices.cpu()
+    drawn = torch.zeros(len(boxes), POOLED, POOLED)
+    for index in indices.unique().tolist():
+        chosen, mask = indices == index, target["masks"][index]
+        if isinstance(mask, list):
+            drawn[chosen] = draw_polygons(mask, boxes[chosen])
+            continue
+        bits = torch.from_numpy(decode_masks([mask])[0]) if isinstance(mask, dict) else mask.cpu()
+        seen = roi_align(bits[None, None].float(), [boxes[chosen].float()], POOLED, sampling_ratio=0, aligned=True)
+        drawn[chosen] = (seen[:, 0] >= 0.5).float()
+    return drawn.to(device)
+
+
+def draw_polygons(rings, boxes):
+    """The part of an object's polygons in each box, (n, 14, 14) of 0 and 1. boxes: (n, 4) float64."""
     from pycocotools import mask as coco_mask
 
     drawn = torch.zeros(len(boxes), POOLED, POOLED)
-    for out, box, index in zip(drawn, boxes.double().cpu(), indices.tolist()):
+    for out, box in zip(drawn, boxes):
         origin, sides = box[:2].numpy(), (box[2:] - box[:2]).clamp(min=0.1).numpy()
-        rings = [
-            ((np.asarray(ring) - origin) / sides * POOLED).flatten().tolist() for ring in target["polygons"][index]
-        ]
-        encoded = coco_mask.merge(coco_mask.frPyObjects(rings, POOLED, POOLED))
+        parts = [((np.asarray(ring) - origin) / sides * POOLED).flatten().tolist() for ring in rings]
+        encoded = coco_mask.merge(coco_mask.frPyObjects(parts, POOLED, POOLED))
         out.copy_(torch.from_numpy(coco_mask.decode(encoded)))
-    return drawn.to(boxes.device)
+    return drawn

@@ -9,7 +9,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from moco.data.decode import UNDECODABLE
 from moco.detection.coco import decode_masks
-from moco.detection.data import decode_stored
+from moco.detection.records import decode_record
 from moco.run.checkpoint import read_metrics
 from moco.run.pictures import CURVE_POINTS, draw_curves
 
@@ -39,7 +39,7 @@ def save_detections(path, records, predictions, classes, images=6, threshold=0.5
         masks = decode_masks(found["masks"])[sure] if len(found.get("masks", [])) else None
         names = [f"{classes[c]} {score:.2f}" for c, score in zip(found["labels"][sure], found["scores"][sure])]
         try:
-            image = decode_stored(record["image"])
+            image = decode_record(record)
         except UNDECODABLE:
             continue
         truth = [classes[label] for label in record["labels"]]

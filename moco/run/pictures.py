@@ -45,7 +45,7 @@ def save_views(path, views, mean=None, std=None, count=8):
     plt.close(figure)
 
 
-def save_curves(path, metrics, levels):
+def save_curves(path, metrics, levels=None):
     """A panel for each number of a log that is no bookkeeping, over epochs; those of CURVES come first.
 
     metrics: path of metrics.jsonl. levels: {name of a number: (value, label)}, drawn as lines across; the untrained
@@ -55,7 +55,7 @@ def save_curves(path, metrics, levels):
     found = dict.fromkeys(name for line in lines for name in line if not re.fullmatch(BOOKKEEPING, name))
     names = [name for name in CURVES if name in found] + [name for name in found if name not in CURVES]
     start = next((line["knn"] for line in lines if line["step"] == 0 and "knn" in line), None)
-    levels = levels | ({} if start is None else {"knn": (start, f"random backbone, {start:.1f} %")})
+    levels = (levels or {}) | ({} if start is None else {"knn": (start, f"random backbone, {start:.1f} %")})
     rows = -(-len(names) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(9, 3 * rows), sharex=True, squeeze=False, layout="constrained")
     colors = itertools.cycle(("tab:blue", "tab:orange", "tab:green", "tab:gray", "tab:red", "tab:purple"))

@@ -64,16 +64,17 @@ class Run:
     steps_per_epoch: len(images) // batch_size unless given.
     backbone_sha256: of the frozen weights that a probe or detector starts from; other ones are refused on resume.
     finite: whether weights must be finite to be saved; otherwise the run stops as diverged.
+    one_size: whether all images have one size, so that cuDNN may try its kernels on it. It would try on each of many.
     """
 
     def __init__(
         self, folder, accelerator, model, optimizer, images, order, total_steps, *, settings=None,
         checkpoint_every=1000, keep=2, resume=False, evaluate=False, steps_per_epoch=None, backbone_sha256=None,
-        finite=True,
+        finite=True, one_size=True,
     ):  # fmt: skip
         self.folder, self.settings = Path(folder), settings or {}
         self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
-        self.accelerator, self.optimizer, self.finite = accelerator, optimizer, finite
+        self.accelerator, self.optimizer, self.finite, self.one_size = accelerator, optimizer, finite, one_size
         self.modules = dict(model.named_children())
         check_trained(model, optimizer)
         self.checkpoint_every, self.keep, self.only_evaluates = checkpoint_every, keep, evaluate
@@ -162,7 +163,7 @@ class Run:
             self.save()
         silent = not self.accelerator.is_main_process or self.done == self.total_steps
         self.bar = tqdm(total=self.total_steps, initial=self.done, unit="step", disable=silent)
-        torch.backends.cudnn.benchmark = True  # all batches of a loop have one size
+        torch.backends.cudnn.benchmark = self.one_size
         set_patience(STEP_PATIENCE)
         for step in range(self.done, self.total_steps):
             self.done, self.started = step + 1, time.perf_counter()

@@ -1,0 +1,120 @@
+"""The edits of docs/editing.md, applied to the current train_moco.py, and the check of a copied script."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, metrics_of, run_script
+from PIL import Image
+
+PAGE = (ROOT / "docs" / "editing.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n)*)", PAGE, re.MULTILINE))
+EDITS = {
+    title: match[1] for title, text in SECTIONS.items() if (match := re.search(r"```diff\n(.*?)```", text, re.DOTALL))
+}
+ADDED = dict(re.findall(r"^\| \[(.+?)\]\(#.*?\) \| (\d+) \|$", PAGE, re.MULTILINE))
+FLAGS = (
+    "--arch resnet10 --image-size 32 --batch-size 32 --bn-batch 16 --queue-size 64 --epochs 1 --lr 0.01 --workers 1"
+    " --knn-every 0 --log-every 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    """Two batches of images."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(64):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def edited(diff, script="train_moco.py"):
+    """The script with a diff of the page applied: parts between lines of dots, each of which must stand there once."""
+    text = (ROOT / script).read_text()
+    for part in re.split(r"^\.\.\.\n", diff, flags=re.MULTILINE):
+        lines = part.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
+
+
+def test_the_page_has_eight_edits_and_counts_their_lines():
+    counts = {title.lower(): sum(line.startswith("+") for line in diff.splitlines()) for title, diff in EDITS.items()}
+    counts["a backbone of timm"] = 0
+    assert counts == {title.lower(): int(count) for title, count in ADDED.items()}
+    assert len(counts) == 8 and max(counts.values()) <= 25
+
+
+@pytest.mark.parametrize("title", EDITS)
+def test_an_edit_applies_and_trains(title, tmp_path, small_folder):
+    (tmp_path / "mine.py").write_text(edited(EDITS[title]))
+    flags = [*FLAGS, *(["--augment", "no-colour"] if "channels" in title else [])]
+    done = run_script(
+        tmp_path / "mine.py", "--data", small_folder, "--output", tmp_path / "run", *flags, PYTHONPATH=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in metrics_of(tmp_path / "run") if "loss" in line]) == 2
+    assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
+    if title == "AdamW":
+        assert "AdamW with betas (0.9, 0.999), eps 1e-08, weight decay 0.0001" in done.stdout
+    if "second term" in title:
+        assert all("distance" in line for line in metrics_of(tmp_path / "run"))
+
+
+def test_the_loop_of_the_page_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1].replace("Accelerator(), 20", "Accelerator(), 2")
+    done = run_script("-c", code.replace("knn_monitor(query_encoder", "(0.0,) or (query_encoder"))
+    assert done.returncode == 0 and "loss " in done.stdout, done.stderr
+
+
+# ---- python -m moco.check
+
+
+def checked(tmp_path, text, *flags):
+    """(exit code, output) of the check of a script."""
+    (tmp_path / "mine.py").write_text(text)
+    command = [sys.executable, "-m", "moco.check", tmp_path / "mine.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+SCRIPT = (ROOT / "train_moco.py").read_text()
+DEFECTS = {  # what is planted: (the script's text, what it becomes, what the check must say)
+    "a module that is not saved": (
+        'query_encoder.parameters(), args.lr, momentum=',
+        '[*query_encoder.parameters(), *nn.Linear(2, 3).parameters()], args.lr, momentum=',
+        "trains 2 parameters, of shape 3x2, 3",
+    ),
+    "labels without the rank's offset": (
+        "        logits = contrastive_logits(q, k, queue.keys, temperature)  # (images_per_pass, 1 + K)\n"
+        "        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)",
+        "        logits = q @ keys.T / temperature\n        labels = torch.arange(len(q))",
+        "one and two processes differ after step 1",
+    ),
+    "a queue of this process's keys": ("queue.enqueue(keys)", "queue.enqueue(own_keys)", "queue differs between"),
+    "views from a global random state": (
+        "        if args.simclr:\n            loss, accuracy = simclr_step(",
+        "        images = [image + 0.01 * torch.randn_like(image) for image in images]\n"
+        "        if args.simclr:\n            loss, accuracy = simclr_step(",
+        "a killed and resumed run ends elsewhere",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["v2", "simclr"])
+def test_the_check_finds_the_script_right(tmp_path, recipe):
+    code, output = checked(tmp_path, SCRIPT, "--recipe", recipe)
+    assert code == 0 and output.count("ok      ") == 4, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_the_check_catches_a_planted_defect(tmp_path, defect):
+    before, after, line = DEFECTS[defect]
+    assert SCRIPT.count(before) == 1
+    code, output = checked(tmp_path, SCRIPT.replace(before, after))
+    assert code == 1 and line in output, output
