@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
 import huggingface_hub
 import huggingface_hub.hf_api
 import psutil
@@ -75,6 +76,8 @@ class Hub(ThreadingHTTPServer):
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
         for name in ("HF_ASSETS_CACHE", "HF_HUB_CACHE"):
             monkeypatch.setattr(huggingface_hub.constants, name, str(self.root / name))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", self.url)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", self.root / "HF_DATASETS_CACHE")
         if token:
             monkeypatch.setenv("HF_TOKEN", token)
 

@@ -177,7 +177,7 @@ def parquet_splits(name, splits, card, commit, image_column, label_column, cache
     traffic, footers, remote = Traffic(), [None, None], is_remote(splits[0][0])
     if PartialState().is_main_process:
         footers = [paths and read_footers(paths, traffic) for paths in splits]
-    splits, footers = broadcast_object_list([splits, footers])
+    footers = broadcast_object_list(footers)
     cache = RowGroupCache(cache, cache_gb) if cache and remote else None
     images = [None, None]
     for i, paths in enumerate(splits):

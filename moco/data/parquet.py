@@ -88,11 +88,9 @@ def unchanged(path, status):
     try:
         yield
     finally:
-        if is_remote(path) is False and (not os.path.exists(path) or status_of(path) != status):
-            raise UserError(
-                f"{path} was changed or removed while this run reads it; put back what was there, and go on with"
-                " --resume", alone=True,
-            )  # fmt: skip
+        if not is_remote(path) and (not os.path.exists(path) or status_of(path) != status):
+            what = f"{path} was changed or removed while this run reads it"
+            raise UserError(f"{what}; put back what was there, and go on with --resume", alone=True)
 
 
 def read_footers(paths, traffic):
