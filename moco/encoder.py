@@ -4,7 +4,6 @@ A backbone is a torchvision ResNet or, by the name timm/NAME, a model of timm, w
 """
 
 import difflib
-import re
 from functools import partial
 
 import torch
@@ -24,7 +23,7 @@ def resnet_names():
 
 
 def check_arch(arch):
-    """Raise UserError unless `build_encoder` knows this architecture; the message has the names, of timm's the nearest."""
+    """Raise UserError unless `build_encoder` knows this architecture; the message has the names, or the nearest."""
     if arch.startswith(TIMM):
         with explained(f"{arch} needs timm, which is not installed", "pip install timm", ImportError):
             import timm
@@ -227,8 +226,13 @@ def batchnorm_in_words(encoder, otherwise):
 
 def parameters_by_name(encoder):
     """{name: parameter} without what DDP and torch.compile put before or into the names."""
-    names = ((name.replace("_orig_mod.", ""), parameter) for name, parameter in encoder.named_parameters())
-    return {re.sub(r"^(module\.)+", "", name): parameter for name, parameter in names}
+    named = {}
+    for name, parameter in encoder.named_parameters():
+        name = name.replace("_orig_mod.", "")
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        named[name] = parameter
+    return named
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Which keys of a file of weights are a backbone, whatever program wrote it, and whether they fit an architecture."""
 
 import re
+from functools import lru_cache
 
 import torch
 
@@ -146,6 +147,7 @@ def channels_of(weights, arch):
     return weights[key].shape[1] if key in weights and weights[key].dim() == 4 else 3
 
 
+@lru_cache
 def shapes_of(arch, stem="imagenet", channels=3, image_size=None):
     """{key: tensor without storage} of a backbone, in its own order."""
     with torch.device("meta"):
@@ -203,9 +205,11 @@ def fitting_arch(weights, arch=None, source="weights"):
     if "conv1.weight" not in weights:
         raise UserError(f"{source} does not fit any ResNet: missing conv1.weight")
     stem = stem_of(weights)
-    wrong = {name: mismatches(weights, shapes_of(name, *stem)) for name in ([arch] if arch else resnet_names())}
+    wrong = {}
+    for name in [arch] if arch else resnet_names():
+        wrong[name] = mismatches(weights, shapes_of(name, *stem))
+        if not wrong[name]:
+            return name
     best = min(wrong, key=lambda name: len(wrong[name]))
-    if wrong[best]:
-        nearest = f"--arch {best}" if arch else f"any --arch, {best} being the nearest"
-        raise UserError(f"{source} does not fit {nearest}: {few(wrong[best])}")
-    return best
+    nearest = f"--arch {best}" if arch else f"any --arch, {best} being the nearest"
+    raise UserError(f"{source} does not fit {nearest}: {few(wrong[best])}")
