@@ -134,10 +134,13 @@ def main():
 
     # ---- backbone and classifiers, equal on every process, because their seed and their updates are
     args.image_size = args.image_size or known.get("image_size", 224)
-    if known.get("channels", 3) != sets.train.channels:
+    if args.backbone == "random" and known["channels"] != sets.train.channels:
+        options = {"image_size": args.image_size, "channels": sets.train.channels}
+        backbone, known = load_backbone(args.backbone, args.arch, seed=args.seed, **options)
+    if known["channels"] != sets.train.channels:
         raise UserError(
-            f"--backbone {args.backbone} takes images of {known.get('channels', 3)} channels; --data {args.data} has"
-            f" {sets.train.channels}"
+            f"--backbone {args.backbone} takes images of {known['channels']} channels, and --data {args.data} has"
+            f" {sets.train.channels}; name another of the two"
         )
     mean, std = normalization(sets.train, known.get("mean"), known.get("std"))
     width, digest = feature_width(backbone, args.image_size), weights_digest(backbone.state_dict())

@@ -186,34 +186,61 @@ FLAGS = """--data mine --arch resnet10 --stem small --image-size 16 --queue-size
 --epochs 3 --augment no-colour --knn-every 1 --log-every 1 --checkpoint-every 4 --keep 9 --mixed-precision no"""
 
 
-def test_a_copied_script_trains_on_six_channels_exactly_and_draws_what_it_records(tmp_path):
-    np.save(tmp_path / "images.npy", SIX)
-    script = (ROOT / "train_moco.py").read_text()
+PROBE = "--data mine --image-size 16 --epochs 1 --batch-size 8 --knn --workers 0 --mixed-precision no"
+
+
+def copied_script(name, folder, edits=()):
+    """A copy of a script that reads the six channels from a memory-mapped file, in two changed lines."""
+    script = (ROOT / name).read_text()
     for before, after in {
-        "load_splits(args.data, **flags.data_options(args))": "own_images(), None",
-        "loss=loss, accuracy=accuracy)": "loss=loss, accuracy=accuracy, mine=2 * loss)",
-        "def main():": f"""def own_images():
-    return ArrayImages(np.load({str(tmp_path / "images.npy")!r}, mmap_mode="r"), np.arange(30) % 3)
-
-
-def main():""",
-        "from torch import nn": "from torch import nn\nimport numpy as np\nfrom moco.data.arrays import ArrayImages",
+        "load_splits(args.data, **flags.data_options(args))": f"""(
+        ArrayImages(np.load({str(folder / "images.npy")!r}, mmap_mode="r"), np.arange(30) % 3), None
+    )""",
+        "\nfrom torch import nn\n": """
+import numpy as np
+from torch import nn
+from moco.data.arrays import ArrayImages
+""",
+        **dict(edits),
     }.items():
         assert script.count(before) == 1
         script = script.replace(before, after)
-    (tmp_path / "mine.py").write_text(script)
-    run = tmp_path / "run"
-    done = run_script(tmp_path / "mine.py", *FLAGS.split(), "--output", run, "--workers", 0)
+    (folder / f"my_{name}").write_text(script)
+    return folder / f"my_{name}"
+
+
+def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_trained(tmp_path):
+    six = SIX.copy()
+    six[..., 0] *= -1e-7  # a mean that is written with an exponent
+    np.save(tmp_path / "images.npy", six)
+    own_loss = {"loss=loss, accuracy=accuracy)": "loss=loss, accuracy=accuracy, mine=2 * loss)"}
+    script, run = copied_script("train_moco.py", tmp_path, own_loss), tmp_path / "run"
+    done = run_script(script, *FLAGS.split(), "--output", run, "--workers", 0)
     assert done.returncode == 0, done.stderr
     assert "6 channels of 20 x 24 pixels" in done.stdout and "measured, as ImageNet's do not fit" in done.stdout
-    pixels = json.loads((run / "args.json").read_text())["pixels"]
-    assert pixels["channels"] == 6 and pixels["mean"] == pytest.approx(SIX.mean(axis=(0, 1, 2)).tolist(), rel=1e-4)
+    args = json.loads((run / "args.json").read_text())
+    assert args["mean"] == pytest.approx(six.mean(axis=(0, 1, 2)).tolist(), rel=1e-4, abs=0)
     lines = metrics_of(run)
     assert len(lines) == 10 and all(line["mine"] == pytest.approx(2 * line["loss"]) for line in lines[1:])
     assert Image.open(run / "curves.png").size[1] > 900  # five panels in three rows of 330 pixels
     shutil.copytree(run, tmp_path / "cut")
     for step in (8, 9):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step_{step}")
-    done = run_script(tmp_path / "mine.py", *FLAGS.split(), "--output", tmp_path / "cut", "--workers", 2, "--resume")
+    done = run_script(script, *FLAGS.split(), "--output", tmp_path / "cut", "--workers", 2, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "cut", run)
+
+    config = json.loads((run / "backbone" / "config.json").read_text())["pretrained_cfg"]
+    assert config["input_size"] == [6, 16, 16] and config["mean"] == args["mean"] and config["std"] == args["std"]
+    script = copied_script("linear_probe.py", tmp_path)
+    unfinished = tmp_path / "unfinished"  # without backbone/: args.json says what it takes
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("backbone"))
+    for backbone in (run, unfinished, "random"):
+        words = ["--backbone", backbone, "--output", tmp_path / "probe", *PROBE.split()]
+        done = run_script(script, *words, *(["--arch", "resnet10"] if backbone == "random" else []))
+        assert done.returncode == 0, done.stderr
+        assert ("measured" in done.stdout) == (backbone == "random")  # otherwise those of pre-training
+        assert 0 <= json.loads((tmp_path / "probe" / "results.json").read_text())["top1"] <= 100
+        shutil.rmtree(tmp_path / "probe")
+    plain = run_script("linear_probe.py", "--backbone", run, "--output", tmp_path / "probe", "--data", "shapes")
+    assert plain.returncode == 2 and "takes images of 6 channels, and --data shapes has 3" in plain.stderr

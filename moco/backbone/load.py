@@ -20,7 +20,7 @@ from moco.run.checkpoint import complete_checkpoints, load_checkpoint
 RESTORE = "fetch it again, or restore it"
 
 
-def load_backbone(source, arch=None, encoder="query", seed=0, image_size=None):
+def load_backbone(source, arch=None, encoder="query", seed=0, image_size=None, channels=3):
     """(backbone, what is known of it). The backbone turns images (N, channels, S, S) into features (N, width).
 
     It is a torchvision ResNet whose `fc` is the identity, or a model of timm without its classifier.
@@ -30,7 +30,8 @@ def load_backbone(source, arch=None, encoder="query", seed=0, image_size=None):
     such as "ResNet50_Weights.IMAGENET1K_V1"; or "random", drawn from `seed`.
     arch: a name that `build_encoder` knows; None takes what the source says, else the ResNet that its shapes fit;
     "random" then is a resnet50. encoder: "query", or "key" for the momentum encoder, where the source has both.
-    image_size: for a model of timm that is built for one size, where the source does not say it.
+    image_size: for a model of timm that is built for one size, where the source does not say it. channels: of images,
+    for "random".
     What is known is a dict with "arch" and "channels" and, if the source says so, "image_size" in pixels, "mean" and
     "std" of the images, "tag", and the "settings" of its training.
     Raises UserError if the keys or shapes are not exactly those of the architecture.
@@ -39,7 +40,7 @@ def load_backbone(source, arch=None, encoder="query", seed=0, image_size=None):
         check_single(source, encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = build_encoder(arch or "resnet50", head="fc", image_size=image_size)
+            built = build_encoder(arch or "resnet50", head="fc", image_size=image_size, channels=channels)
         known = {"arch": built.arch, "channels": built.channels}
         return built.backbone, known | ({"image_size": built.image_size} if built.image_size else {})
     weights, known = read_backbone(source, encoder, arch, image_size)

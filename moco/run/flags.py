@@ -216,7 +216,8 @@ def parse_resumed(parser, output, free):
 def as_words(name, value):
     """A flag as it is typed on the command line, a list of words."""
     values = value if isinstance(value, list) else [] if value is True else [value]
-    return [f"--{name.replace('_', '-')}", *map(str, values)]
+    words = (f" {each}" if str(each).startswith("-") else str(each) for each in values)  # or -1e-05 would be a flag
+    return [f"--{name.replace('_', '-')}", *words]
 
 
 # ---- rules that several scripts share
