@@ -100,12 +100,12 @@ def test_features_are_the_pooled_output_of_timms_model_without_its_classifier(na
 def test_batchnorm_of_timms_models_is_over_groups(name):
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    grouped = build_encoder(f"timm/{name}", image_size=32, bn_batch=4).backbone
-    plain = build_encoder(f"timm/{name}", image_size=32).backbone
+    grouped = build_encoder(f"timm/{name}", image_size=32, bn_batch=4).backbone.double()
+    plain = build_encoder(f"timm/{name}", image_size=32).backbone.double()
     plain.load_state_dict(grouped.state_dict())
-    images = torch.randn(8, 3, 32, 32)
+    images = torch.randn(8, 3, 32, 32).double()
     in_turn = torch.cat([plain(half) for half in images.split(4)])
-    torch.testing.assert_close(grouped(images), in_turn, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grouped(images), in_turn, rtol=0, atol=1e-9)
     assert not torch.allclose(plain(images), in_turn, atol=1e-2)
     grouped, plain = grouped.state_dict(), plain.state_dict()
     assert any("running_mean" in name for name in grouped)
