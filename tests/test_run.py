@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from moco.data.order import Order
 from moco.errors import UserError
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
+from moco.run.flags import add_workers_flag
 from moco.run.launch import stoppable
 from moco.run.run import CHECKPOINT_SECONDS, Run
 
@@ -318,6 +320,21 @@ def test_a_step_is_a_step_whatever_accelerate_reads_from_the_environment():
 def test_what_cuts_up_the_model_is_refused_before_anything_starts(variable, value, what):
     done = run_script("train_moco.py", "--data", "shapes", **{variable: value})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and what in done.stderr
+
+
+def test_tasks_of_srun_that_do_not_know_of_each_other_are_refused():
+    done = run_script("train_moco.py", "--data", "shapes", SLURM_STEP_NUM_TASKS="4")
+    words = ("srun started 4 separate processes", "`accelerate launch` on each node")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and all(word in done.stderr for word in words)
+
+
+@pytest.mark.parametrize("cores, processes, workers", [(32, 8, 4), (128, 1, 16), (4, 8, 1), (2, 1, 2)])
+def test_the_processes_of_a_machine_share_its_cores_among_their_workers(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    parser = ArgumentParser()
+    add_workers_flag(parser.add_argument)
+    assert parser.parse_args([]).workers == workers
 
 
 def test_a_character_that_stdout_lacks_does_not_silence_what_follows():
