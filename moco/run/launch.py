@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from moco.errors import UserError
@@ -95,7 +96,9 @@ def device_in_words(workers):
     """What a process runs on, for the settings that are printed at the start."""
     device = PartialState().device
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {workers} data workers a process"
+        words = f"{torch.cuda.get_device_name(device)}, {workers} data workers a process"
+        slow = AcceleratorState().mixed_precision == "no" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return words + ("\n        float32; this GPU is much faster with --mixed-precision bf16" if slow else "")
     return f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers a process"
 
 
