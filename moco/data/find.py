@@ -125,6 +125,8 @@ def train_and_test(splits, split, name):
 
     split: to train on, if it is said. Raises UserError if there is no such split.
     """
+    if not splits:
+        raise UserError(f"--data {name} has no rows")
     if split is not None and split not in splits:
         raise UserError(f"--split {split} is not in {name}, whose splits are {', '.join(splits)}")
     others = [each for each in splits if each not in TEST]
