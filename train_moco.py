@@ -10,6 +10,7 @@ accelerate launch train_moco.py --recipe simclr        the end-to-end counterpar
 import copy
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; keeps CPU threads from blocking each other
@@ -37,6 +38,7 @@ from moco.run import flags
 from moco.run.checkpoint import read_metrics
 from moco.run.flags import architecture, at_least, below_one, not_negative, positive, seed
 from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator
+from moco.run.memory import micro_batch
 from moco.run.pictures import save_curves, save_views
 from moco.run.run import Run
 from moco.schedule import LARS, rate_at
@@ -163,12 +165,15 @@ def main():
     query_encoder, key_encoder, queue, optimizer = build_encoders(args, train_set.channels, order.share, accelerator)
     model = nn.ModuleDict({"query_encoder": accelerator.unwrap_model(query_encoder, keep_torch_compile=False)})
     model.update({} if args.simclr else {"key_encoder": key_encoder, "queue": queue})  # all that a run must keep
+    given = args.micro_batch or (order.share if args.simclr else None)  # SimCLR needs the whole batch at once
+    args.micro_batch, memory = micro_batch(given, query_encoder, train_set.channels, args.image_size, accelerator)
     pass_size = images_per_pass(order.share, args.bn_batch, args.micro_batch)
     logits_of_query = 2 * args.batch_size - 1 if args.simclr else 1 + args.queue_size  # chance is their logarithm
 
     # ---- the run
     if is_main:
-        print_settings(args, model, train_set, test_set, optimizer, order.share // pass_size, world, logits_of_query)
+        passes = order.share // pass_size
+        print_settings(args, model, train_set, test_set, optimizer, passes, memory, world, logits_of_query)
         train_set.print_order(order)
     total_steps = args.epochs * steps_per_epoch
     run = Run(args.output, accelerator, model, optimizer, train_set, order, total_steps, **flags.run_options(args))
@@ -245,7 +250,9 @@ def build_encoders(args, channels, share, accelerator):
         queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(accelerator.device)
     if args.bn_batch > share:
         query_encoder = sync_batchnorm(query_encoder)
-    optimizer = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](
+    # One pass over the weights; and under fp16 no wait for the device to tell whether a step is to be skipped.
+    fused = accelerator.device.type == "cuda" or None
+    optimizer = {"sgd": partial(torch.optim.SGD, fused=fused), "lars": LARS}[args.optimizer](
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
     )
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
@@ -306,7 +313,7 @@ def parse_args():
     add("--epochs", type=at_least(1), metavar="N", default=200, help="passes over the data")
     add("--batch-size", type=at_least(1), metavar="N", default=256, help="images in a step, over all processes")
     add("--bn-batch", type=at_least(2), metavar="N", default=32, help="of one BatchNorm [%(default)s; simclr: all]")
-    add("--micro-batch", type=at_least(1), metavar="N", help="images in one pass [GPU: 256; CPU: a million pixels]")
+    add("--micro-batch", type=at_least(1), metavar="N", help="images in a pass [GPU: what fits; CPU: a million pixels]")
     add("--lr", type=positive, metavar="LR", default=0.03, help="not scaled [%(default)s; simclr: 0.3 x batch / 256]")
     add("--warmup-epochs", type=at_least(0), metavar="N", default=10, help="of schedule warmup-cosine")
     add("--sgd-momentum", type=below_one, metavar="M", default=0.9, help="of the optimizer")
@@ -332,12 +339,7 @@ def parse_args():
 
 
 def check_args(args, processes, device_type):
-    """Raise UserError for flags that do not go together, before anything is read or written.
-
-    Fills --micro-batch in, whose default depends on the device.
-    """
-    if args.micro_batch is None:  # a ResNet-50 holds 90 MB for each image of 224 pixels, in float32
-        args.micro_batch = max(1, 2**20 // args.image_size**2) if device_type == "cpu" else 256
+    """Raise UserError for flags that do not go together, before anything is read or written."""
     if args.schedule == "warmup-cosine" and args.warmup_epochs >= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs} must be below the {args.epochs} epochs")
     if args.tracker not in (None, *map(str, get_available_trackers())):
@@ -362,8 +364,11 @@ def check_args(args, processes, device_type):
     flags.check_output(args)
 
 
-def print_settings(args, model, train_set, test_set, optimizer, passes, processes, logits_of_query):
-    """What the run will do, in the papers' terms. passes: through the encoder, of a process in a step."""
+def print_settings(args, model, train_set, test_set, optimizer, passes, memory, processes, logits_of_query):
+    """What the run will do, in the papers' terms. passes: through the encoder, of a process in a step.
+
+    memory: what they were chosen by, in words, or "".
+    """
     steps, n = len(train_set) // args.batch_size, args.batch_size // processes // passes
     stem = "" if args.arch.startswith("timm/") else f"{args.stem} stem, "
     norms = batchnorm_in_words(model["query_encoder"], args.bn_batch)
@@ -375,7 +380,8 @@ def print_settings(args, model, train_set, test_set, optimizer, passes, processe
         f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
         f"model   {args.arch}, {stem}{args.dim} dimensions" + ("" if args.simclr else moco),
         f"data    {args.data}: {len(train_set)} images at {args.image_size} pixels, {steps} steps an epoch",
-        f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {norms}",
+        f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {norms}"
+        + memory,
         f"train   {args.epochs} epochs, lr {args.lr} {args.schedule}, {optimizer_in_words(optimizer)}, mixed precision"
         f" {args.mixed_precision}",
         f"device  {device_in_words(args.workers)}",

@@ -4,7 +4,7 @@ python benchmarks/count.py                    ResNet-50, 224 pixels, a batch of 
 
 The augmentation and the forward half of both steps run on fake "cuda" tensors, which have shapes and a device but no
 numbers; mixing devices raises. Autocast is off there, so its casts are missing. Bytes are those of every kernel's
-inputs and outputs, as if no cache held any of them.
+inputs and outputs, as if no cache held any of them. Then the memory of a step, computed.
 tests/test_count.py holds what must not change: no copy that blocks, no wait, and one read-back a step.
 """
 
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,10 +26,11 @@ from benchmarks.step import alone
 from moco.augment import AUGMENTATIONS, MEAN, STD, augment, plan, sample_params
 from moco.contrast import KeyQueue
 from moco.encoder import build_encoder
+from moco.run.memory import activation_bytes
 from moco.shuffle import shuffle_order
 from train_moco import moco_step, simclr_step
 
-NO_KERNEL = {"aten::empty", "aten::_unsafe_view", "aten::detach", "prim::device"}
+NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "prim::device"}
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 
 
@@ -49,8 +51,10 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        written = {argument.name for argument in function._schema.arguments if argument.is_out}  # and not read
+        given = (args, {name: value for name, value in (kwargs or {}).items() if name not in written})
         inputs, outputs = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in ((args, kwargs), result)
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in (given, result)
         )
         on_device = [tensor for tensor in (*inputs, *outputs) if tensor.device.type == "cuda"]
         name = function._schema.name
@@ -92,13 +96,19 @@ def augmentation(batch, size, recipe="v2", step=0):
     return call
 
 
-def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_per_pass=None):
-    """A call of `moco_step` or `simclr_step` without the backward pass, which has no dispatch to count."""
+def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_per_pass=None, dtype=torch.float32):
+    """A call of `moco_step` or `simclr_step` without the backward pass, which has no dispatch to count.
+
+    dtype: of the weights of all but BatchNorm, and of the images.
+    """
     with torch.device("cuda"):
         encoder, key_encoder = (build_encoder(arch, bn_batch=bn_batch) for _ in range(2))
         queue = KeyQueue(queue_size, 128)
+    for module in (*encoder.modules(), *key_encoder.modules()):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(dtype)
     key_encoder.requires_grad_(False)
-    views = torch.empty(2, batch, 3, size, size, device="cuda")
+    views = torch.empty(2, batch, 3, size, size, device="cuda", dtype=dtype)
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
     accelerator = alone("float32")
     accelerator.backward = lambda loss: None
@@ -110,6 +120,30 @@ def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_pe
         encoder, key_encoder, queue, nothing, views, order, accelerator,
         temperature=0.2, encoder_momentum=0.999, images_per_pass=images_per_pass or batch,
     )  # fmt: skip
+
+
+def print_memory(arch, size):
+    """Memory of a GPU in both precisions, computed, beside the papers' measurements on 8 GPUs in float32.
+
+    The activations that a pass keeps, and weights, gradients, momentum, MoCo's key encoder and its queue; without what
+    the libraries, the convolutions and the allocator need besides.
+    """
+    encoder = build_encoder(arch)
+    weights = sum(4 * parameter.numel() for parameter in encoder.parameters())
+    moco, end_to_end = 4 * weights + 4 * 128 * 65536, 3 * weights
+    rows = {
+        "MoCo, 256 images in one pass": (256, moco, ""), "MoCo, 32 images (256 on 8 GPUs)": (32, moco, "5.0"),
+        "end-to-end, 32 images, two views": (64, end_to_end, "7.4"),
+        "end-to-end, 512 images (4096 on 8 GPUs)": (1024, end_to_end, "93.0"),
+    }  # fmt: skip
+    each = {}
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            each[precision] = activation_bytes(encoder, 3, size)
+    print(f"\n| {arch}, {size} pixels | float32 | bfloat16 | the papers, GB |\n|---|---|---|---|")
+    print(f"| MB an image keeps for the backward pass | {' | '.join(f'{b / 1e6:.1f}' for b in each.values())} | |")
+    for name, (views, rest, paper) in rows.items():
+        print(f"| {name}, GB | {' | '.join(f'{(views * b + rest) / 1e9:.1f}' for b in each.values())} | {paper} |")
 
 
 def main():
@@ -128,6 +162,7 @@ def main():
         calls = {
             "augmentation, v2": augmentation(args.batch, args.size),
             "MoCo, forward": half_a_step("moco", *shape, args.bn_batch),
+            "MoCo, forward, bfloat16": half_a_step("moco", *shape, args.bn_batch, dtype=torch.bfloat16),
             "MoCo, forward, a pass for each group": half_a_step("moco", *shape, None, images_per_pass=args.bn_batch),
             "MoCo, forward, one group": half_a_step("moco", *shape, args.batch),
             "SimCLR, forward": half_a_step("simclr", *shape, None),
@@ -135,6 +170,7 @@ def main():
         for name, call in calls.items():
             counts = counted(call).counts
             print(f"| {name} | {' | '.join(f'{counts[kind]:.0f}' for kind in kinds)} |")
+    print_memory(args.arch, args.size)
 
 
 if __name__ == "__main__":

@@ -174,25 +174,27 @@ def jitter_view(x, operation, factor):
     return cv2.transform(x, colours).clip(0, 1)
 
 
-# ---- on a GPU: operations on a batch, (N, 3, H, W) in [0, 1], in place; factor, shift and sigma: (N, 1, 1, 1)
+# ---- on a GPU: operations on a batch, (N, 3, H, W) in [0, 1], which they may overwrite; they return the new one.
+# factor, shift and sigma: (N, 1, 1, 1)
 
 
 def luma(x):
     """(N, 3, H, W) -> (N, 1, H, W)."""
-    return sum(weight * channel for weight, channel in zip(LUMA.tolist(), x.split(1, dim=1)))
+    red, green, blue = LUMA.tolist()
+    return (red * x[:, :1]).add_(x[:, 1:2], alpha=green).add_(x[:, 2:], alpha=blue)
 
 
 def adjust_brightness(x, factor):
-    x.mul_(factor).clamp_(0, 1)
+    return x.mul_(factor).clamp_(0, 1)
 
 
 def adjust_contrast(x, factor):
     mean = luma(x.mean(dim=(2, 3), keepdim=True))
-    x.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+    return torch.addcmul((1 - factor) * mean, x, factor, out=x).clamp_(0, 1)
 
 
 def adjust_saturation(x, factor):
-    torch.lerp(luma(x), x, factor, out=x).clamp_(0, 1)
+    return torch.lerp(luma(x), x, factor, out=x).clamp_(0, 1)
 
 
 def adjust_hue(x, shift):
@@ -201,28 +203,25 @@ def adjust_hue(x, shift):
     above, below = torch.maximum(green, blue), torch.minimum(green, blue)
     value, middle = torch.maximum(red, above), torch.minimum(red, above)
     low = torch.minimum(middle, below)
-    chroma = value - low
     largest_is_red, green_first = (red >= above), (green >= blue)
     sextant = torch.where(largest_is_red, torch.where(green_first, 0.0, -1.0), torch.where(green_first, -1 / 3, 2 / 3))
-    hue = ((middle - below) / (6 * chroma).clamp(min=1e-30) + sextant).abs() + shift
+    chroma = value - low
     floor = low - chroma
     chroma.mul_(6)
-    for channel, turns in enumerate((1 / 2, 1 / 6, -1 / 6)):
-        away = hue + turns
-        away.sub_(away.round()).abs_()  # how far the hue is from the one opposite to the channel, in turns
-        torch.clamp(torch.addcmul(floor, chroma, away), low, value, out=x[:, channel : channel + 1])
+    hue = middle.sub_(below).div_(chroma.clamp(min=1e-30)).add_(sextant).abs_().add_(shift)
+    away = torch.empty_like(x)  # how far the hue is from the one opposite to each channel, in turns
+    for channel, turns in enumerate((2, 5 / 3, 4 / 3)):  # half a turn more, and one, so that nothing is negative
+        torch.add(hue, turns, out=away[:, channel : channel + 1])
+    away.frac_().sub_(0.5).abs_()
+    return torch.clamp(torch.addcmul(floor, chroma, away, out=away), low, value, out=x)
 
 
 def to_gray(x):
-    x.copy_(luma(x))
+    return luma(x).expand_as(x)
 
 
 def solarize(x):
-    x.copy_(torch.where(x < 0.5, x, 1 - x))
-
-
-def flip(x):
-    x.copy_(x.flip(-1))
+    return torch.where(x < 0.5, x, 1 - x)
 
 
 def gaussian_blur(x, sigma):
@@ -234,14 +233,14 @@ def gaussian_blur(x, sigma):
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)  # (N * 3, taps)
     planes = F.pad(x.view(1, n * channels, height, width), (half,) * 4, mode="reflect")
     planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
-    x.copy_(F.conv2d(planes, kernel[:, None, None, :], groups=n * channels).view_as(x))
+    return F.conv2d(planes, kernel[:, None, None, :], groups=n * channels).view_as(x)
 
 
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def plan(params, size):
-    """[(operation, images, a value for each or None)]: what is done to a batch, in this order, and to no other image.
+    """What is done to a batch: the images to flip, then [(operation, images, a value for each or None)] in this order.
 
     params: of `sample_params`, each (N, ...) here, without the dimension of views. size: side of an image.
     """
@@ -255,8 +254,8 @@ def plan(params, size):
     steps.append((to_gray, images_of(gray & ~gray_first), None))
     blurred = images_of(params["sigma"])
     steps.append((gaussian_blur, blurred, [sigma[i] * size / 224 for i in blurred]))
-    steps += [(solarize, images_of(params["solarize"]), None), (flip, images_of(params["flip"]), None)]
-    return [step for step in steps if step[1]]
+    steps.append((solarize, images_of(params["solarize"]), None))
+    return images_of(params["flip"]), [step for step in steps if step[1]]
 
 
 def images_of(chosen):
@@ -271,19 +270,23 @@ def send(values, dtype, x):
 
 
 def augment_batch(crops, params):
-    """The views of crops, (N, S, S, C) uint8 or float32 -> (N, C, S, S) float32; params as for `plan`."""
-    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    if crops.dtype == torch.uint8:
-        x.div_(255)
-    steps = plan(params, x.shape[-1])
-    lengths = [len(images) for _, images, _ in steps]
+    """The views of crops, (N, S, S, C) uint8 or float32 -> (N, C, S, S) float32; params as for `plan`.
+
+    The crops are flipped first, in place, because a byte a pixel is a quarter of what they are later.
+    """
+    flipped, steps = plan(params, crops.shape[1])
+    lengths = [len(flipped), *(len(images) for _, images, _ in steps)]
     # All parameters in two copies to the device, then cut into those of each step.
-    indices = send([i for _, images, _ in steps for i in images], torch.long, x).split(lengths)
-    values = send([v for _, images, of_each in steps for v in of_each or images], x.dtype, x).split(lengths)
+    indices = [*flipped, *(i for _, images, _ in steps for i in images)]
+    flipped, *indices = send(indices, torch.long, crops).split(lengths)
+    values = [v for _, images, of_each in steps for v in of_each or images]
+    values = send(values, torch.float32, crops).split(lengths[1:])
+    crops.index_copy_(0, flipped, crops.index_select(0, flipped).flip(2))
+    x = torch.empty(crops.permute(0, 3, 1, 2).shape, dtype=torch.float32, device=crops.device)
+    torch.div(crops.permute(0, 3, 1, 2), 255 if crops.dtype == torch.uint8 else 1, out=x)
     for (operation, _, of_each), index, value in zip(steps, indices, values):
         part = x.index_select(0, index)
-        operation(part, *(() if of_each is None else (value.view(-1, 1, 1, 1),)))
-        x.index_copy_(0, index, part)
+        x.index_copy_(0, index, operation(part, *(() if of_each is None else (value.view(-1, 1, 1, 1),))))
     return x
 
 
@@ -324,8 +327,10 @@ def augment_on_cpu(out, crops, params, mean, std):
 
 def augment_in_chunks(out, crops, params, mean, std):
     """As `augment_on_cpu`, by operations on many images at a time."""
+    scale = send([1 / s for s in std], out.dtype, out).view(-1, 1, 1)
+    shift = send([-m / s for m, s in zip(mean, std)], out.dtype, out).view(-1, 1, 1)
     for first in range(0, out.shape[1], CHUNK):
         chunk = slice(first, first + CHUNK)
         of_chunk = {name: values[chunk].transpose(0, 1).flatten(0, 1) for name, values in params.items()}
-        x = normalize(augment_batch(torch.cat([crop[chunk] for crop in crops]), of_chunk), mean, std)
-        out[:, chunk] = x.permute(0, 2, 3, 1).unflatten(0, (len(crops), -1))
+        x = augment_batch(torch.cat([crop[chunk] for crop in crops]), of_chunk).unflatten(0, (len(crops), -1))
+        torch.addcmul(shift, x, scale, out=out[:, chunk].permute(0, 1, 4, 2, 3))  # normalised, and channels-last

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from moco.errors import UserError
 from moco.run.checkpoint import (
     check_equal_state,
+    checksum,
     complete_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
@@ -135,6 +136,38 @@ def test_weights_that_diverged_alike_are_equal_but_not_finite():
     assert check_equal_state({"classifiers": module}, Accelerator(cpu=True))  # of one process, too
     module.weight.data[0] = torch.nan
     assert not check_equal_state({"classifiers": module}, Accelerator(cpu=True))
+
+
+def test_states_are_compared_by_bits_which_no_order_of_adding_changes():
+    """Devices of two kinds add in different orders. Then equal weights would have different sums of floats."""
+    weights = torch.tensor([1e16, 1.0, -1e16, 1.0] * 50, dtype=torch.double)
+    assert checksum(weights) == checksum(weights.flip(0)) == checksum(weights.view(10, 20).T)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool):
+        one, other = torch.ones(3, 4).to(dtype), torch.ones(3, 4).to(dtype)
+        assert checksum(one) == checksum(other)
+        other[1, 2] = 0
+        assert checksum(one) != checksum(other)
+    assert checksum(torch.tensor(1.0)) != checksum(torch.tensor(1.0).nextafter(torch.tensor(2.0)))
+
+
+class Other:
+    """A process beside this one, on which every tensor has these checksums and is finite or not."""
+
+    def __init__(self, there):
+        self.there = there
+
+    def gather(self, here):
+        return torch.cat([here, self.there(here)])
+
+
+def test_weights_that_diverged_on_one_process_only_are_a_difference():
+    module = torch.nn.Linear(2, 2)
+    assert check_equal_state({"module": module}, Other(lambda here: here.clone()))
+    with pytest.raises(RuntimeError, match="module differs"):
+        check_equal_state({"module": module}, Other(lambda here: here * torch.tensor([2, 0])))
+    module.weight.data[0] = torch.nan  # its bits may differ
+    here_and_there = {"module": torch.nn.ParameterList([module.weight])}
+    assert not check_equal_state(here_and_there, Other(lambda here: here * torch.tensor([2, 1])))
 
 
 def test_a_checkpoint_half_written_is_removed_by_the_next(tmp_path):

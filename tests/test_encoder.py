@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from moco.encoder import batchnorm_in_words, build_encoder, momentum_update, resnet_names
+from moco.encoder import GroupedBatchNorm2d, batchnorm_in_words, build_encoder, momentum_update, resnet_names
 from moco.errors import UserError
 
 
@@ -100,12 +100,12 @@ def test_features_are_the_pooled_output_of_timms_model_without_its_classifier(na
 def test_batchnorm_of_timms_models_is_over_groups(name):
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    grouped = build_encoder(f"timm/{name}", image_size=32, bn_batch=4).backbone
-    plain = build_encoder(f"timm/{name}", image_size=32).backbone
+    grouped = build_encoder(f"timm/{name}", image_size=32, bn_batch=4).backbone.double()
+    plain = build_encoder(f"timm/{name}", image_size=32).backbone.double()
     plain.load_state_dict(grouped.state_dict())
-    images = torch.randn(8, 3, 32, 32)
+    images = torch.randn(8, 3, 32, 32).double()
     in_turn = torch.cat([plain(half) for half in images.split(4)])
-    torch.testing.assert_close(grouped(images), in_turn, rtol=0, atol=1e-5)
+    torch.testing.assert_close(grouped(images), in_turn, rtol=0, atol=1e-9)
     assert not torch.allclose(plain(images), in_turn, atol=1e-2)
     grouped, plain = grouped.state_dict(), plain.state_dict()
     assert any("running_mean" in name for name in grouped)
@@ -142,6 +142,37 @@ def test_without_timm_its_models_are_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="timm/resnet50 needs timm, which is not installed .*; pip install timm"):
         build_encoder("timm/resnet50")
+
+
+# ---- BatchNorm over groups
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("images", [32, 30])  # whole groups, and a smaller one at the end
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_groups_in_one_pass_equal_a_pass_for_each_to_the_bit(dtype, images, layout):
+    torch.manual_seed(0)
+    x = (torch.randn(images, 6, 5, 7) * 3 + 1).to(dtype).contiguous(memory_format=layout)
+    gradient, found = torch.randn(x.shape).to(dtype).contiguous(memory_format=layout), []
+    for grouped in (False, True):
+        norm = GroupedBatchNorm2d(6, 4) if grouped else nn.BatchNorm2d(6)
+        norm.to(dtype if dtype == torch.float64 else torch.float32)
+        inputs = x.clone().requires_grad_()
+        output = norm(inputs) if grouped else torch.cat([norm(rows) for rows in inputs.split(4)])
+        output.backward(gradient)
+        found.append([output, inputs.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+    assert all(one.equal(other) and one.stride() == other.stride() for one, other in zip(*found, strict=True))
+
+
+def test_groups_are_normalised_at_once_where_a_compiler_can_fuse_them():
+    torch.manual_seed(0)
+    x, found = torch.randn(32, 6, 5, 7, dtype=torch.double) * 3 + 1, []
+    for compiled in (False, True):
+        norm, inputs = GroupedBatchNorm2d(6, 4).double(), x.clone().requires_grad_()
+        output = (torch.compile(norm, backend="eager", fullgraph=True) if compiled else norm)(inputs)
+        output.square().sum().backward()
+        found.append([output, inputs.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+    torch.testing.assert_close(*found)
 
 
 # ---- refused, and the momentum update

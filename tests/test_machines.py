@@ -3,13 +3,17 @@
 pytest -m slow tests/test_machines.py
 """
 
+import os
+import re
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 
 import datasets
 import psutil
 import pytest
-from conftest import HANG, assert_same_run, start_script, wait_for_step, write_parquet
+from conftest import HANG, ROOT, assert_same_run, start_script, wait_for_step, write_parquet
 
 pytestmark = pytest.mark.slow
 
@@ -90,3 +94,46 @@ def test_two_machines_of_one_process_are_one_machine_of_two(parquet, tmp_path, l
     finish(*machines)
     finish(start(TORCHRUN, data, tmp_path / "one"))
     assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+SRUN = """#!/bin/bash
+shift  # --cpus-per-task
+for node in 0 1; do SLURM_NODEID=$node SLURM_STEP_NUM_TASKS=2 "$@" & done
+wait -n; code=$?; wait; exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+def test_the_slurm_script_trains_on_two_nodes_and_resumes(parquet, tmp_path):
+    """The script of the docs, with stand-ins for SLURM's commands and the flags of a small run."""
+    script = re.search(r"```sh\n(#!/bin/bash.*?)```", (ROOT / "docs/reproducibility.md").read_text(), re.DOTALL)[1]
+    small = " ".join(["--data", str(parquet), *RUN])
+    script = script.replace("runs/v2-imagenet-1k", str(tmp_path / "run")).replace("--mixed_precision bf16", "")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        script = script.replace("$((20000 + SLURM_JOB_ID % 10000))", str(free.getsockname()[1]))
+    script = script.replace("--batch-size 512 --lr 0.06", small)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("train.sh", script)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"NNODES": 2, "GPUS_ON_NODE": 1, "CPUS_PER_TASK": 2, "JOB_NODELIST": "n[0-1]", "JOB_ID": 1}
+    environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {
+        "PATH": f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true", "REQUEUED": str(tmp_path / "requeued"), "EARLY": "0",
+    }  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+
+    def job():
+        return subprocess.Popen([tmp_path / "train.sh"], cwd=ROOT, env=os.environ | environment, **pipes)
+
+    process = job()
+    try:
+        wait_for_step(process, tmp_path / "run", 5)
+    finally:
+        kill(process)
+    finish(job())
+    assert not (tmp_path / "requeued").exists()  # it is finished
+    finish(start(TORCHRUN, parquet, tmp_path / "one"))
+    assert_same_run(tmp_path / "run", tmp_path / "one")

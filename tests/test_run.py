@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,8 @@ from torch import nn
 from moco.data.order import Order
 from moco.errors import UserError
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
-from moco.run.launch import stoppable
+from moco.run.flags import add_workers_flag
+from moco.run.launch import device_in_words, stoppable
 from moco.run.run import CHECKPOINT_SECONDS, Run
 
 
@@ -45,7 +47,7 @@ def start(tmp_path):
         images = Images(options.pop("images", 40), options.pop("fingerprint", "f"))
         order = Order(options.pop("batch_size", 8), seed=0, workers=options.pop("workers", 0))
         options = {"total_steps": 10, "checkpoint_every": 4, "keep": 9} | options
-        settings = {"data": "numbers", "backbone": "none"}
+        settings = {"data": "numbers", "backbone": "none"} | options.pop("settings", {})
         model = nn.ModuleDict({"module": module})
         return Run(tmp_path, Accelerator(cpu=True), model, optimizer, images, order, settings=settings, **options)
 
@@ -318,6 +320,45 @@ def test_a_step_is_a_step_whatever_accelerate_reads_from_the_environment():
 def test_what_cuts_up_the_model_is_refused_before_anything_starts(variable, value, what):
     done = run_script("train_moco.py", "--data", "shapes", **{variable: value})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and what in done.stderr
+
+
+@pytest.mark.parametrize("device, waited, expected", [("cuda", 0.5, 1), ("cuda", 0.1, 0), ("cpu", 0.5, 0)])
+def test_a_gpu_that_waits_for_data_is_reported_once_workers_have_started(start, capsys, device, waited, expected):
+    run, shown = start(settings={"workers": 3}), []
+    real = run.accelerator
+    for _ in zip(range(6), run.steps()):
+        take_step(run)
+        run.settle()
+        run.spent = {"step": 1.0, "data": waited}
+        run.accelerator = SimpleNamespace(device=torch.device(device), is_main_process=True)
+        run.averages()
+        run.accelerator = real
+        shown.append(capsys.readouterr().out.count("the GPUs wait for data 50% of the time, at 8 images/s"))
+    assert shown == [0, expected, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("precision, ampere, told", [("no", True, True), ("bf16", True, False), ("no", False, False)])
+def test_float32_on_a_gpu_that_has_bfloat16_gets_a_line(monkeypatch, precision, ampere, told):
+    monkeypatch.setattr("moco.run.launch.PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr("moco.run.launch.AcceleratorState", lambda: SimpleNamespace(mixed_precision=precision))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
+    assert ("--mixed-precision bf16" in device_in_words(4)) == told
+
+
+def test_tasks_of_srun_that_do_not_know_of_each_other_are_refused():
+    done = run_script("train_moco.py", "--data", "shapes", SLURM_STEP_NUM_TASKS="4")
+    words = ("srun started 4 separate processes", "`accelerate launch` on each node")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and all(word in done.stderr for word in words)
+
+
+@pytest.mark.parametrize("cores, processes, workers", [(32, 8, 4), (128, 1, 16), (4, 8, 1), (2, 1, 2)])
+def test_the_processes_of_a_machine_share_its_cores_among_their_workers(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    parser = ArgumentParser()
+    add_workers_flag(parser.add_argument)
+    assert parser.parse_args([]).workers == workers
 
 
 def test_a_character_that_stdout_lacks_does_not_silence_what_follows():

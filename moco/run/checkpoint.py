@@ -53,15 +53,22 @@ def check_equal_state(modules, accelerator):
     Nothing repairs a difference in what lives outside DDP, so none may go unnoticed. All processes call this together.
     Returns whether all numbers are finite.
     """
-    finite = True
+    all_finite = True
     for name, module in modules.items():
-        sums = torch.stack([value.double().sum() for value in module.state_dict().values()])
-        everywhere = accelerator.gather(sums[None])  # (processes, tensors)
-        same = everywhere.eq(everywhere[0]) | (everywhere.isnan() & everywhere[0].isnan())  # diverged on all alike
+        values = [value.detach() for value in module.state_dict().values()]
+        here = torch.stack([torch.stack([checksum(value), value.isfinite().all().long()]) for value in values])
+        sums, finite = accelerator.gather(here[None]).unbind(dim=2)  # (processes, tensors) each
+        same = sums.eq(sums[0]) | (finite.eq(0) & finite[0].eq(0))  # diverged on all alike
         if not same.all():
             raise RuntimeError(f"{name} differs between processes: an update is missing on some of them, or differs")
-        finite = finite and bool(everywhere.isfinite().all())
-    return finite
+        all_finite = all_finite and bool(finite.all())
+    return all_finite
+
+
+def checksum(tensor):
+    """The sum of a tensor's bits as whole numbers, int64: the same in any order of adding, so on every device."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(integers).sum(dtype=torch.int64)
 
 
 def weights_digest(weights):

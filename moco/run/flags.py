@@ -18,7 +18,7 @@ from moco.encoder import check_arch
 from moco.errors import UserError, explained
 from moco.jsonfile import reading_json
 from moco.run.checkpoint import complete_checkpoints
-from moco.run.launch import core_count
+from moco.run.launch import cores_of_process
 
 LOCKS = []  # open files of locked run folders, which are locked as long as they are open
 BACKBONE_HELP = (
@@ -111,7 +111,8 @@ def data_options(args):
 
 
 def add_workers_flag(add):
-    add("--workers", type=at_least(0), metavar="N", default=min(8, core_count()), help="data workers of a process")
+    workers = min(16, cores_of_process())
+    add("--workers", type=at_least(0), metavar="N", default=workers, help="data workers of a process")
 
 
 def add_run_flags(add, checkpoint_every, log_every, default):

@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from moco.errors import UserError
@@ -53,8 +54,12 @@ def start_accelerator(args, **options):
     # A step is a step: the steps average over micro-batches themselves. Without the plugin Accelerate would divide the
     # loss by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
     options["gradient_accumulation_plugin"] = GradientAccumulationPlugin(num_steps=1)
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONG_PATIENCE)]
+    handlers = [
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),  # one copy of gradients
+        InitProcessGroupKwargs(timeout=LONG_PATIENCE),
+    ]
     accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=handlers, **options)
+    check_slurm(accelerator.num_processes)
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device.type
     if args.mixed_precision == "fp16" and device == "cpu":
         raise UserError("--mixed-precision fp16 needs a GPU; use bf16 or no")
@@ -64,22 +69,36 @@ def start_accelerator(args, **options):
     if device == "mps":
         raise UserError("Apple's GPUs have no float64, which is needed here; use `accelerate launch --cpu`")
     if device == "cpu" and not threads_were_chosen():
-        torch.set_num_threads(max(1, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(cores_of_process())
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
     return accelerator
 
 
-def core_count():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def check_slurm(processes):
+    """Raise UserError if srun started several tasks that do not know of each other: each would be a run of its own."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if processes == 1 and tasks > 1:
+        raise UserError(
+            f"srun started {tasks} separate processes, because this script does not read SLURM's variables; start one"
+            " `accelerate launch` on each node, as in docs/reproducibility.md (or `unset SLURM_STEP_NUM_TASKS` if"
+            " separate runs are what you want)"
+        )
+
+
+def cores_of_process():
+    """This process's share of the machine's cores that it may use, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def device_in_words(workers):
     """What a process runs on, for the settings that are printed at the start."""
     device = PartialState().device
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {workers} data workers a process"
+        words = f"{torch.cuda.get_device_name(device)}, {workers} data workers a process"
+        slow = AcceleratorState().mixed_precision == "no" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return words + ("\n        float32; this GPU is much faster with --mixed-precision bf16" if slow else "")
     return f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers a process"
 
 

@@ -31,6 +31,7 @@ from moco.run.launch import (
     STEP_PATIENCE,
     Stopped,
     catch_signals,
+    cores_of_process,
     provenance,
     release_signals,
     set_patience,
@@ -84,6 +85,7 @@ class Run:
         self.origin["backbone_sha256"] = backbone_sha256
         self.done = 0  # steps taken, including the current one
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
+        self.lines = 0  # of the log, since the start
         self.unlogged = None  # the log line of this moment, if it waits for an evaluation
         self.pending = None  # the last step's values, on their way from the device
         self.spent = {"step": 0.0, "data": 0.0}  # seconds since the last log line
@@ -286,6 +288,9 @@ class Run:
         read, rates = traffic_line(self.read.tolist(), elapsed) if self.traffic else ({}, "")
         line |= read
         self.sums, self.summed, self.read, self.spent = {}, 0, 0, {"step": 0.0, "data": 0.0}
+        self.lines += 1
+        if self.lines == 2 and self.accelerator.device.type == "cuda":  # workers start during the first
+            self.warn_starving(line["data_share"], line["images_per_second"])
         accuracy = f"accuracy {np.max(line['accuracy']):.1f} %, " if "accuracy" in line else ""
         speed = line["images_per_second"]
         self.bar.set_postfix_str(
@@ -294,6 +299,15 @@ class Run:
         )
         self.unlogged = line | values
         return self.unlogged
+
+    def warn_starving(self, share, speed):
+        """Say once, on the main process, that the data does not feed the GPUs, and what to do."""
+        if share > 0.2 and self.accelerator.is_main_process:
+            workers = f"{self.settings.get('workers')} for {cores_of_process()} cores"
+            tqdm.write(
+                f"note    the GPUs wait for data {share:.0%} of the time, at {speed:.0f} images/s; raise --workers"
+                f" ({workers} of a process), or store smaller images"
+            )
 
     def log(self, line):
         """Append a line to metrics.jsonl, and send it to the tracker if there is one."""
