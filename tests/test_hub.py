@@ -121,7 +121,7 @@ def test_wrong_answers_cost_a_resolve_each(hub, digests):
 
 def test_a_host_that_goes_on_refusing_is_asked_again_after_growing_waits(hub, monkeypatch):
     waits = []
-    monkeypatch.setattr("moco.data.hub.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("moco.data.hub.time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
     hub.faults = [403, 416, "other range"]
     data, size = read_range(PATHS[0], 0, 100, Traffic())
     assert len(data) == 100 and size > 100 and len(hub.resolves()) == 4 and waits == [0, 1, 2]

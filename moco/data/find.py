@@ -34,13 +34,25 @@ def find_splits(name, here, revision, config, split, commit, streaming):
         return find_on_hub(name, revision, config, split, commit, streaming)
     folder, features = Path(name), None
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        splits = datasets.load_from_disk(name)
-        splits = {"train": splits} if isinstance(splits, datasets.Dataset) else splits
+        splits = saved_splits(folder)
     elif not (splits := folder_splits(name, split)):
         splits, features = builder_splits(open_builder(name, config), name)
     elif config:
         raise UserError(f"--config {config} names a part of a dataset on the Hub, which --data {name} is not")
     return train_and_test(splits, split, name), features, None
+
+
+def saved_splits(folder):
+    """{split: data set} of what `save_to_disk` wrote; a split without rows, which it cannot read again, is left out."""
+    if not (folder / "dataset_dict.json").exists():
+        return {"train": datasets.load_from_disk(str(folder))}
+    splits = {}
+    for split in json.loads((folder / "dataset_dict.json").read_text())["splits"]:
+        if json.loads((folder / split / "state.json").read_text())["_data_files"]:
+            splits[split] = datasets.load_from_disk(str(folder / split))
+        elif PartialState().is_main_process:
+            print(f"data    the {split} split of {folder} has no rows, and is left out")
+    return splits
 
 
 def check_home():
@@ -113,6 +125,8 @@ def train_and_test(splits, split, name):
 
     split: to train on, if it is said. Raises UserError if there is no such split.
     """
+    if not splits:
+        raise UserError(f"--data {name} has no rows")
     if split is not None and split not in splits:
         raise UserError(f"--split {split} is not in {name}, whose splits are {', '.join(splits)}")
     others = [each for each in splits if each not in TEST]

@@ -126,7 +126,7 @@ def load_splits(
         for part in splits
     ]
     is_main = PartialState().is_main_process
-    if test is not None and len(test) == 0:
+    if test is not None and len(test) == 0:  # of parquet files
         test = None
         if is_main:
             print(f"data    the test split of {name} has no rows, and is left out")
