@@ -131,8 +131,8 @@ LIGHTLY = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6"
 
 def under(prefix, weights, numbered=False):
     def name(key):
-        part, rest = key.split(".", 1)
-        return f"{LIGHTLY[part]}.{rest}" if numbered else key
+        part, dot, rest = key.partition(".")
+        return f"{LIGHTLY[part]}{dot}{rest}" if numbered else key
 
     return {f"{prefix}{name(key)}": value for key, value in weights.items()}
 

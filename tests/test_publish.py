@@ -150,7 +150,7 @@ def test_what_timm_would_load_otherwise_is_not_sent(tmp_path, hub, arch):
     push_backbone(tmp_path / "b", "user/good")
     damage = {
         "resnet10": {"model_args": {"layers": [1, 1, 1, 1], "act_layer": "silu"}},  # loads, and computes something else
-        "timm/vit_tiny_patch16_224": {"model_args": {"img_size": 32, "global_pool": "avg"}},
+        "timm/vit_tiny_patch16_224": {"model_args": {"img_size": 32, "act_layer": "relu"}},
     }
     edit_config(tmp_path / "b", **damage[arch])
     assert "its features of the same images differ; nothing was sent" in refusal(
