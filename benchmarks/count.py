@@ -105,8 +105,9 @@ def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_pe
         encoder, key_encoder = (build_encoder(arch, bn_batch=bn_batch) for _ in range(2))
         queue = KeyQueue(queue_size, 128)
     for module in (*encoder.modules(), *key_encoder.modules()):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(dtype)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):  # fake weights cannot be moved in place
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(weight.detach().to(dtype)))
     key_encoder.requires_grad_(False)
     views = torch.empty(2, batch, 3, size, size, device="cuda", dtype=dtype)
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
