@@ -25,7 +25,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 TOLERANCE = 1e-9  # of float64 after a few steps, relative to the largest number of a tensor
 LOADED = 1e-4  # of features after a way through a file in float32
 DEFAULTS = {
-    "--data": "shapes", "--batch-size": "64", "--bn-batch": "16", "--micro-batch": "32", "--queue-size": "256",
+    "--data": "shapes", "--batch-size": "64", "--bn-batch": "16", "--micro-batch": "64", "--queue-size": "256",
     "--workers": "1", "--knn-every": "0", "--log-every": "1",
 }  # fmt: skip
 LEGS = {  # what is run: (name, processes, whether it is killed, whether it is resumed)
