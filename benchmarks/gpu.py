@@ -2,7 +2,7 @@
 
 python benchmarks/gpu.py --minutes 9                  ResNet-50, 224 pixels, batch 256
 python benchmarks/gpu.py --minutes 9 --output FILE    continues FILE, whose parts are not run again
-python benchmarks/gpu.py --tiny                       every part on a CPU, in minutes: nothing here is untried
+python benchmarks/gpu.py --tiny                       on a CPU, small, all but the last three parts
 
 Correctness comes first, because wrong steps need no timing: a few steps of MoCo beside the CPU in float64, in every
 precision and compiled, then a run that is killed and resumed (`python -m moco.check`). Each part is a process of its

@@ -1,4 +1,4 @@
-"""Slow: what is kept for a GPU, run small on a CPU, so that none of it is untried. pytest -m slow tests/test_gpu.py"""
+"""Slow: what is kept for a GPU, run small on a CPU, all but its last three parts. pytest -m slow tests/test_gpu.py"""
 
 import re
 
