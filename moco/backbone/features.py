@@ -51,7 +51,9 @@ class Features:
         items = [([(0, row) for row in batch], groups) for _, batch, groups in order]
         batches = loader(center_crops(dataset, self.size), items, self.workers)
         progress = tqdm(batches, "features", leave=False, disable=not self.accelerator.is_main_process)
-        for (first, batch, _), (crops, labels, failed) in zip(order, stoppable(progress, self.accelerator)):
+        # Asked first, so that a process with fewer batches keeps in step with the others to the end.
+        heard = stoppable(progress, self.accelerator)
+        for (crops, labels, failed), (first, batch, _) in zip(heard, order):
             if len(batch):
                 images = to_float(crops[0].to(self.device, non_blocking=True))
                 with self.accelerator.autocast():
