@@ -262,6 +262,15 @@ def test_names_of_classes_in_the_card_count_for_a_stream(tmp_path, monkeypatch):
 # ---- labels that do not match
 
 
+def write_splits(folder, kind, splits):
+    """{split: data set} as `save_to_disk` writes them, or as a parquet file each."""
+    if kind == "saved":
+        datasets.DatasetDict(splits).save_to_disk(folder)
+        return
+    for split, part in splits.items():
+        part.to_parquet(folder / f"{split}.parquet")
+
+
 def renamed(part, names):
     return part.cast_column("label", datasets.ClassLabel(names=names))
 
@@ -269,12 +278,7 @@ def renamed(part, names):
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_a_test_split_with_names_in_another_order_is_not_compared(tmp_path, capsys, kind):
     """Its numbers mean other classes, so the monitor holds training images out, and the probe refuses."""
-    splits = {"train": table(TRAIN), "test": renamed(table(TEST), NAMES[::-1])}
-    if kind == "saved":
-        datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
-    else:
-        for split, part in splits.items():
-            part.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    write_splits(tmp_path / "data", kind, {"train": table(TRAIN), "test": renamed(table(TEST), NAMES[::-1])})
     train, test = load_splits(str(tmp_path / "data"))
     assert monitor_test_set(train, test, "D") is None and "in the same order" in capsys.readouterr().out
     assert monitor_test_set(train, train, "D") is train and not capsys.readouterr().out
@@ -291,12 +295,7 @@ def test_files_of_one_split_with_names_in_another_order_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_an_empty_test_split_is_none(tmp_path, capsys, kind):
-    splits = {"train": table(TRAIN), "test": table([0]).select([])}
-    if kind == "saved":
-        datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
-    else:
-        for split, part in splits.items():
-            part.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    write_splits(tmp_path / "data", kind, {"train": table(TRAIN), "test": table([0]).select([])})
     train, test = load_splits(str(tmp_path / "data"))
     assert pairs(train) == expected(TRAIN) and test is None
     assert "the test split of" in (said := capsys.readouterr().out) and "has no rows, and is left out" in said

@@ -155,13 +155,19 @@ def stoppable(batches, accelerator):
     Each process has items of its own; those with fewer keep in step with the others until all are done, by a number
     that all exchange for each item. Raises Stopped.
     """
-    items, device = iter(batches), accelerator.device
-    rounds = int(accelerator.gather(torch.tensor([len(batches)], device=device)).max())
-    for i in range(rounds):
-        if number := int(accelerator.gather(torch.tensor([max(CAUGHT, default=0)], device=device)).max()):
+    items = iter(batches)
+    for i in range(largest_of_all(len(batches), accelerator)):
+        if number := largest_of_all(max(CAUGHT, default=0), accelerator):
             raise Stopped(number)
         if i < len(batches):
             yield next(items)
+
+
+def largest_of_all(number, accelerator):
+    """The largest of a whole number of each process. One process alone knows it, and need not wait for its device."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
 def release_signals():
