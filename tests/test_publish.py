@@ -17,7 +17,7 @@ from hub import TOKEN, serving
 from safetensors.torch import load_file
 
 from moco.backbone import load_backbone, save_backbone
-from moco.backbone.publish import push_backbone
+from moco.backbone.publish import prepare_folder, push_backbone
 from moco.encoder import build_encoder
 from moco.errors import UserError
 from moco.run.checkpoint import weights_digest
@@ -264,3 +264,21 @@ def test_from_pretraining_to_the_hub_and_back(tmp_path):
         assert again["backbone_sha256"] == results["backbone_sha256"] and again["top1"] == results["top1"]
         step("-m", "moco.backbone", "convert", "user/first", tmp_path / "r.pth", "--to", "detectron2")
         assert os.path.getsize(tmp_path / "r.pth") > 1e7
+
+
+@pytest.mark.parametrize("arch, channels", [("resnet10", 6), ("timm/vit_tiny_patch16_224", 3)])
+def test_the_card_shows_torchvision_only_what_it_can_build(tmp_path, arch, channels):
+    if arch.startswith("timm/"):
+        pytest.importorskip("timm")
+    encoder = build_encoder(arch, image_size=32, channels=channels)
+    statistics = [0.5] * channels, [0.2] * channels
+    save_backbone(tmp_path / "b", encoder, arch, 32, "m", {"arch": arch, "recipe": "v2"}, *statistics)
+    prepare_folder(tmp_path / "b", "user/name")
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "timm:" in card and ("torchvision:" in card) == (arch == "resnet10")
+    if arch == "resnet10":
+        code = card.split("torchvision:\n\n```python\n")[1].split("```")[0]
+        lines = [line for line in code.splitlines() if "hf_hub_download" not in line]
+        names = {"weights": load_file(tmp_path / "b" / "model.safetensors")}
+        exec("\n".join(lines), names)  # it loads strictly
+        assert names["model"](torch.zeros(2, 6, 32, 32)).shape == (2, 512)

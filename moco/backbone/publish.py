@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from safetensors.torch import load_file
 
 from moco.backbone.load import check_loads_back
+from moco.encoder import TIMM
 from moco.errors import UserError, explained
 from moco.jsonfile import reading_json
 from moco.run.checkpoint import weights_digest
@@ -134,6 +135,8 @@ def model_card(config, results, name, with_curves, license=None):
         architecture=config["architecture"],
         layers=(config.get("model_args") or {}).get("layers"),  # of resnet10, which torchvision has no name for
         origin=origin,
+        channels=channels,
+        torchvision=not settings.get("arch", "").startswith(TIMM),
         size=f"{channels} channels and {size}" if channels != 3 else size,
         width=config["num_features"],
         small_stem=small_stem,
