@@ -134,22 +134,14 @@ def main():
 
     # ---- backbone and classifiers, equal on every process, because their seed and their updates are
     args.image_size = args.image_size or known.get("image_size", 224)
-    if args.backbone == "random" and known["channels"] != sets.train.channels:
-        options = {"image_size": args.image_size, "channels": sets.train.channels}
-        backbone, known = load_backbone(args.backbone, args.arch, seed=args.seed, **options)
-    if known["channels"] != sets.train.channels:
-        raise UserError(
-            f"--backbone {args.backbone} takes images of {known['channels']} channels, and --data {args.data} has"
-            f" {sets.train.channels}; name another of the two"
-        )
+    backbone, known = for_channels(args, backbone, known, sets.train.channels)
     mean, std = normalization(sets.train, known.get("mean"), known.get("std"))
     width, digest = feature_width(backbone, args.image_size), weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it
     # would change the very features that are measured, even without gradients.
     backbone = backbone.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     classifiers = LinearClassifiers(width, sets.classes, len(args.lr), args.seed).to(device)
-    optimizer = build_optimizer(classifiers, args.lr, args.sgd_momentum, args.weight_decay)
-    optimizer = accelerator.prepare(optimizer)
+    optimizer = accelerator.prepare(build_optimizer(classifiers, args.lr, args.sgd_momentum, args.weight_decay))
 
     # ---- the run
     if is_main:
@@ -177,15 +169,7 @@ def main():
     # ---- training
     if run.unlogged:
         logged(run.unlogged)
-    if args.cached_features and run.done < run.total_steps:
-        failed, count = frozen.cache(args.output / "features", digest, sets.train)
-        run.check_decoded(failed, len(sets.train))
-        check_undecodable(count, len(sets.train), args.data)  # a cache from before names none
-        rows = batch_rows(len(sets.train), order, run.done)
-        batches = run.timed(loader(CachedFeatures(args.output / "features"), rows, workers=0))
-    else:
-        rows = sets.train.training_rows(order, run.done)
-        batches = run.timed(loader(labelled_crops(sets.train, args.image_size, args.seed), rows, args.workers))
+    batches = run.timed(training_batches(args, frozen, digest, sets.train, order, run))
     for step in run.steps():
         lrs = [rate_at(lr, step, steps_per_epoch, args.epochs, "step") for lr in args.lr]
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
@@ -222,6 +206,30 @@ def main():
     if is_main and args.push_to_hub:
         print(push_loaded(args.output, args.backbone, backbone, known, args.push_to_hub, args.license))
     accelerator.end_training()
+
+
+def for_channels(args, backbone, known, channels):
+    """The backbone and what is known of it, if it takes images of so many channels; a random one is drawn anew."""
+    if args.backbone == "random" and known["channels"] != channels:
+        options = {"image_size": args.image_size, "channels": channels}
+        backbone, known = load_backbone(args.backbone, args.arch, seed=args.seed, **options)
+    if known["channels"] != channels:
+        raise UserError(
+            f"--backbone {args.backbone} takes images of {known['channels']} channels, and --data {args.data} has"
+            f" {channels}; name another of the two"
+        )
+    return backbone, known
+
+
+def training_batches(args, frozen, digest, train_set, order, run):
+    """A loader of crops from where the run stands on, or with --cached-features of features, which are made first."""
+    if not args.cached_features or run.done == run.total_steps:
+        rows = train_set.training_rows(order, run.done)
+        return loader(labelled_crops(train_set, args.image_size, args.seed), rows, args.workers)
+    failed, count = frozen.cache(args.output / "features", digest, train_set)
+    run.check_decoded(failed, len(train_set))
+    check_undecodable(count, len(train_set), args.data)  # a cache from before names none
+    return loader(CachedFeatures(args.output / "features"), batch_rows(len(train_set), order, run.done), workers=0)
 
 
 class Sets(NamedTuple):
