@@ -21,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; another number 
 import datasets
 import pytest
 from accelerate.state import AcceleratorState
+from forks import fork_is_a_start, run_forked
 
 from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.errors import one_line_errors
@@ -54,7 +55,9 @@ def start_script(*command, processes=1, **environment):
 
 
 def run_script(*command, processes=1, timeout=HANG, **environment):
-    """Run a script as `start_script` does, to its end."""
+    """Run a script as `start_script` does, to its end; as a fork, if it cannot tell."""
+    if fork_is_a_start(command, environment):
+        return run_forked(command, processes, timeout, environment)
     process = start_script(*command, processes=processes, **environment)
     try:
         stdout, stderr = process.communicate(timeout=timeout)

@@ -184,23 +184,23 @@ def test_a_stream_is_probed_resumed_and_evaluated_like_files_downloaded(tmp_path
     whole = probe(parquet, tmp_path / "run", *flags)
     assert whole["classes"] == 20 and whole["validation_images"] == 13
     assert whole["train_images"] + whole["held_out_images"] == 75 and whole["held_out_images"] == 7
-    assert whole["steps"] == 6
-    weights = (checkpoints / "step_6" / "classifiers.safetensors").read_bytes()
+    assert whole["steps"] == 8  # two epochs of 68 // 16
+    weights = (checkpoints / "step_8" / "classifiers.safetensors").read_bytes()
 
     def as_if_killed_after_step_2():
-        for name in ("step_6", "step_4"):
+        for name in ("step_8", "step_6", "step_4"):
             (checkpoints / name / "state.json").unlink()
 
     as_if_killed_after_step_2()
     resumed = probe(parquet, tmp_path / "run", *flags, "--resume", says="resume  after step 2")
-    assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() == weights
+    assert (checkpoints / "step_8" / "classifiers.safetensors").read_bytes() == weights
     assert resumed["classifiers"] == whole["classifiers"] and resumed["knn"] == whole["knn"]
     two = probe(parquet, tmp_path / "run", *flags, "--evaluate", processes=2)
     assert two["classifiers"] == whole["classifiers"] and two["knn"] == whole["knn"]
 
     as_if_killed_after_step_2()
     probe(parquet, tmp_path / "run", *flags, "--resume", "--workers", 2, says="not 2: processes, workers")
-    assert (checkpoints / "step_6" / "classifiers.safetensors").read_bytes() != weights
+    assert (checkpoints / "step_8" / "classifiers.safetensors").read_bytes() != weights
 
 
 def test_the_features_of_one_row_group_are_cached_and_searched_by_two_processes(tmp_path):
