@@ -1,4 +1,4 @@
-"""Scripts that run as forks of a process in which the libraries are imported already: those take seconds, a test run less.
+"""Scripts that run as forks of a process in which the libraries are imported already, which takes several seconds.
 
 A fork runs a script as `python script` and torchrun do, but for its start: what a library reads from the environment
 while it is imported has been read. `fork_is_a_start` says where this matters.
@@ -27,7 +27,7 @@ def fork_is_a_start(command, environment):
 
 
 def run_forked(command, processes, timeout, environment):
-    """What `subprocess.run` gives for a script on so many gloo processes. One that fails ends the others, as torchrun."""
+    """What `subprocess.run` gives for a script on so many gloo processes. A failure ends the others, too."""
     command, environment = [str(part) for part in command], dict(os.environ) | environment
     if processes > 1:
         with socket.create_server(("127.0.0.1", 0)) as free:
