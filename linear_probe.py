@@ -198,14 +198,19 @@ def main():
         results = about | described(args, sets, run) | results | {"frozen": measured == digest} | provenance(world)
         write_json(args.output / "results.json", results)
         print_results(results, args.output / "results.json")
-    if measured != digest and not any(parameter.requires_grad for parameter in backbone.parameters()):
-        raise UserError(
-            f"the backbone changed while it was probed, although none of its parameters is trained; the results in"
-            f" {args.output} are of the changed one; keep it in eval mode, where BatchNorm leaves its statistics alone"
-        )
+    check_frozen(backbone, measured == digest, args.output)
     if is_main and args.push_to_hub:
         print(push_loaded(args.output, args.backbone, backbone, known, args.push_to_hub, args.license))
     accelerator.end_training()
+
+
+def check_frozen(backbone, unchanged, output):
+    """Raise UserError if a backbone that nobody trained is not the one that the probe began with."""
+    if not unchanged and not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise UserError(
+            f"the backbone changed while it was probed, although none of its parameters is trained; the results in"
+            f" {output} are of the changed one; keep it in eval mode, where BatchNorm leaves its statistics alone"
+        )
 
 
 def for_channels(args, backbone, known, channels):

@@ -104,12 +104,7 @@ def load_splits(
     All processes call it together. Raises UserError for a name, folder, column or split that does not exist.
     """
     here = name not in ("", "shapes") and Path(name).is_dir()
-    if revision is not None and (here or name == "shapes"):
-        raise UserError(f"--revision {revision} names a version on the Hub, which --data {name} is not; leave it out")
-    if name == "shapes" and (config or split):
-        raise UserError(f"--data shapes has no --config and no --split to choose: leave {config or split} out")
-    if cache_gb and not cache:
-        raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
+    check_choices(name, here, revision, config, split, cache, cache_gb)
     kinds = (OSError, ValueError, datasets.exceptions.DatasetsError)
     terms = f"accept the terms on https://huggingface.co/datasets/{name}, then run `hf auth login`"
     with (
@@ -138,6 +133,16 @@ def load_splits(
             if part is not None:
                 part.bits = bits
     return train, test
+
+
+def check_choices(name, here, revision, config, split, cache, cache_gb):
+    """Raise UserError for a choice that the data `name` does not have. here: whether it is a folder on this machine."""
+    if revision is not None and (here or name == "shapes"):
+        raise UserError(f"--revision {revision} names a version on the Hub, which --data {name} is not; leave it out")
+    if name == "shapes" and (config or split):
+        raise UserError(f"--data shapes has no --config and no --split to choose: leave {config or split} out")
+    if cache_gb and not cache:
+        raise UserError(f"--cache-gb {cache_gb:g} limits --cache, which is missing: name its folder")
 
 
 def look_at(images):
