@@ -127,7 +127,7 @@ def main():
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed, args.image_size)
         shapes.check_version(known.get("settings", {}), args.data)
     sets = load_sets(args)
-    args.data_commit = sets.train.commit
+    args.data, args.data_commit = sets.train.name or args.data, sets.train.commit
     check_trainable(sets.train, args.batch_size, args.data)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(sets.train) // args.batch_size
@@ -136,7 +136,8 @@ def main():
     args.image_size = args.image_size or known.get("image_size", 224)
     backbone, known = for_channels(args, backbone, known, sets.train.channels)
     mean, std = normalization(sets.train, known.get("mean"), known.get("std"))
-    width, digest = feature_width(backbone, args.image_size), weights_digest(backbone.state_dict())
+    width = feature_width(backbone, args.image_size, known["channels"])
+    digest = weights_digest(backbone.state_dict())
     # In eval mode BatchNorm uses the statistics it was trained with and does not update them. In training mode it
     # would change the very features that are measured, even without gradients.
     backbone = backbone.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)

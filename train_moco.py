@@ -152,7 +152,7 @@ def main():
 
     # ---- data
     train_set, test_set = load_splits(args.data, **flags.data_options(args))
-    args.data_commit = train_set.commit
+    args.data, args.data_commit = train_set.name or args.data, train_set.commit
     check_trainable(train_set, args.batch_size, args.data)
     test_set = monitor_test_set(train_set, test_set, args.data)  # without one the monitor holds training images out
     with_knn = args.knn_every > 0 and has_labels(train_set)
@@ -160,6 +160,7 @@ def main():
     steps_per_epoch = len(train_set) // args.batch_size
     args.mean, args.std = normalization(train_set, args.mean, args.std)
     views = FastViews(AUGMENTATIONS[args.augment], args.image_size, args.mean, args.std)
+    check_batches(args, views.check(train_set), order.share)
 
     # ---- encoders, queue and optimizer
     query_encoder, key_encoder, queue, optimizer = build_encoders(args, train_set.channels, order.share, accelerator)
@@ -173,7 +174,7 @@ def main():
     # ---- the run
     if is_main:
         passes = order.share // pass_size
-        print_settings(args, model, train_set, test_set, optimizer, passes, memory, world, logits_of_query)
+        print_settings(args, views.name, model, train_set, test_set, optimizer, passes, memory, world, logits_of_query)
         train_set.print_order(order)
     total_steps = args.epochs * steps_per_epoch
     run = Run(args.output, accelerator, model, optimizer, train_set, order, total_steps, **flags.run_options(args))
@@ -227,7 +228,7 @@ def main():
 
     # ---- results
     if is_main:
-        leave_results(args, model["query_encoder"], run.metrics, world)
+        leave_results(args, views.name, model["query_encoder"], run.metrics, world)
     accelerator.end_training()
 
 
@@ -272,10 +273,10 @@ def images_per_pass(share, bn_batch, micro_batch):
     return next(size for size in sizes if size <= max(micro_batch, bn_batch))
 
 
-def leave_results(args, query_encoder, metrics, processes):
-    """Save the backbone, print the last numbers, and publish it if asked to."""
+def leave_results(args, augment, query_encoder, metrics, processes):
+    """Save the backbone, print the last numbers, and publish it if asked to. augment: the name of the views."""
     tag = ("" if args.simclr else "moco_") + args.recipe.replace("-", "_")
-    settings = vars(args) | provenance(processes)
+    settings = vars(args) | {"augment": augment} | provenance(processes)
     made_for = (args.arch, args.image_size, tag, settings, args.mean, args.std)
     save_backbone(args.output / "backbone", query_encoder, *made_for)
     print(f"backbone, views.png and curves.png are in {args.output}")
@@ -353,21 +354,29 @@ def check_args(args, processes, device_type):
             )
     else:
         flags.check_batch(args.batch_size, processes, "--bn-batch", args.bn_batch)
-    views = 2 * 3 * args.image_size**2 * args.batch_size // processes
-    flags.check_memory(
-        {
-            f"--queue-size {args.queue_size} x --dim {args.dim}": 4 * args.queue_size * args.dim,
-            f"--batch-size {args.batch_size} views of --image-size {args.image_size}": 4 * views,
-            f"--workers {args.workers} with two batches each": args.workers * 2 * views,
-        }
-    )
+    flags.check_memory({f"--queue-size {args.queue_size} x --dim {args.dim}": 4 * args.queue_size * args.dim})
     flags.check_output(args)
 
 
-def print_settings(args, model, train_set, test_set, optimizer, passes, memory, processes, logits_of_query):
+def check_batches(args, crops, share):
+    """Raise UserError for batches that memory does not hold. crops: of one image, as a data worker leaves them.
+
+    share: images of a process in a step.
+    """
+    batch = share * sum(crop.nbytes for crop in crops)
+    floats = 4 * share * sum(crop.numel() for crop in crops)  # as they are on the training device
+    flags.check_memory(
+        {
+            f"--batch-size {args.batch_size} views of --image-size {args.image_size}": floats,
+            f"--workers {args.workers} with two batches each": args.workers * 2 * batch,
+        }
+    )
+
+
+def print_settings(args, augment, model, train_set, test_set, optimizer, passes, memory, processes, logits_of_query):
     """What the run will do, in the papers' terms. passes: through the encoder, of a process in a step.
 
-    memory: what they were chosen by, in words, or "".
+    augment: the name of the views. memory: what they were chosen by, in words, or "".
     """
     steps, n = len(train_set) // args.batch_size, args.batch_size // processes // passes
     stem = "" if args.arch.startswith("timm/") else f"{args.stem} stem, "
@@ -377,7 +386,7 @@ def print_settings(args, model, train_set, test_set, optimizer, passes, memory, 
     no_labels = "off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
     knn = f"every {args.knn_every} epochs, of {'test' if test_set else 'training'} images held out"
     print(
-        f"recipe  {args.recipe}: {args.head} head, {args.augment} augmentation, temperature {args.temperature}",
+        f"recipe  {args.recipe}: {args.head} head, {augment} augmentation, temperature {args.temperature}",
         f"model   {args.arch}, {stem}{args.dim} dimensions" + ("" if args.simclr else moco),
         f"data    {args.data}: {len(train_set)} images at {args.image_size} pixels, {steps} steps an epoch",
         f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {norms}"

@@ -69,7 +69,7 @@ def run_script(script, killed, features, *flags):
     encoder = next((module for module in runs[-1].modules.values() if hasattr(module, "backbone")), None)
     if encoder is not None and os.environ.get("RANK", "0") == "0":
         with torch.no_grad():
-            images, backbone = sample_images(encoder.backbone), encoder.backbone.eval()
+            images, backbone = sample_images(runs[-1].settings), encoder.backbone.eval()
             save_file({"images": images, "features": backbone(images)}, features)
 
 
@@ -80,12 +80,10 @@ def as_weights(module, inputs):
         return tuple(x.double() if torch.is_tensor(x) and x.dtype == torch.float32 else x for x in inputs)
 
 
-def sample_images(backbone):
-    """Random images with as many channels as the backbone takes, at a size that the script's flags name or at 32."""
-    first = next(weight for weight in backbone.parameters() if weight.dim() == 4)
-    words = dict(zip(sys.argv, sys.argv[1:]))
-    size = int(words.get("--image-size", 32))
-    return torch.randn(4, first.shape[1], size, size, generator=torch.Generator().manual_seed(0))
+def sample_images(settings):
+    """Random images of the size and channels of a run. settings: those that the script handed to Run."""
+    channels, size = len(settings.get("mean") or (0, 0, 0)), settings.get("image_size", 32)
+    return torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
 # ---- in the process that compares

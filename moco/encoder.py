@@ -151,14 +151,11 @@ def build_timm(arch, bn_batch, image_size, channels):
 
 
 @torch.no_grad()
-def feature_width(backbone, image_size, channels=None):
-    """How many features a backbone gives for an image of this size, found by a forward pass of one image.
+def feature_width(backbone, image_size, channels):
+    """How many features a backbone gives for an image of this size and channels, found by a forward pass of one.
 
-    channels: of the image; None for those of the backbone's first convolution.
     Raises UserError if the backbone does not take such images, or gives anything but (N, width).
     """
-    convolution = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = channels or (convolution.in_channels if convolution else 3)
     like, training = next(backbone.parameters()), backbone.training
     what = f"the backbone does not take images of {image_size} pixels with {channels} channels"
     with explained(what, "choose the --image-size it was built for"):

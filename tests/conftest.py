@@ -1,6 +1,7 @@
 """What several test files share: the folder of golden numbers, parquet files, and running a script as a user would."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -115,6 +116,15 @@ def refusal(script, argv, monkeypatch, capsys):
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
+
+
+def call_main(script, *flags):
+    """The main() of a script of the repository, or of a copy of one, in this process: it saves the start of another."""
+    AcceleratorState._reset_state()  # as in a process of its own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(ROOT / script), *map(str, flags)])
+        runpy.run_path(sys.argv[0])["main"]()
+    AcceleratorState._reset_state()
 
 
 def is_time(key):

@@ -219,6 +219,7 @@ def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_traine
     assert done.returncode == 0, done.stderr
     assert "6 channels of 20 x 24 pixels" in done.stdout and "measured, as ImageNet's do not fit" in done.stdout
     args = json.loads((run / "args.json").read_text())
+    assert args["data"] == "own images (memmap)" and "own images (memmap)" in done.stdout  # whatever --data says
     assert args["mean"] == pytest.approx(six.mean(axis=(0, 1, 2)).tolist(), rel=1e-4, abs=0)
     lines = metrics_of(run)
     assert len(lines) == 10 and all(line["mine"] == pytest.approx(2 * line["loss"]) for line in lines[1:])
@@ -230,7 +231,9 @@ def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_traine
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "cut", run)
 
-    config = json.loads((run / "backbone" / "config.json").read_text())["pretrained_cfg"]
+    config = json.loads((run / "backbone" / "config.json").read_text())
+    assert config["moco"]["data"] == args["data"] and not config["moco"]["data_on_hub"]
+    config = config["pretrained_cfg"]
     assert config["input_size"] == [6, 16, 16] and config["mean"] == args["mean"] and config["std"] == args["std"]
     script = copied_script("linear_probe.py", tmp_path)
     unfinished = tmp_path / "unfinished"  # without backbone/: args.json says what it takes
@@ -240,7 +243,8 @@ def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_traine
         done = run_script(script, *words, *(["--arch", "resnet10"] if backbone == "random" else []))
         assert done.returncode == 0, done.stderr
         assert ("measured" in done.stdout) == (backbone == "random")  # otherwise those of pre-training
-        assert 0 <= json.loads((tmp_path / "probe" / "results.json").read_text())["top1"] <= 100
+        results = json.loads((tmp_path / "probe" / "results.json").read_text())
+        assert 0 <= results["top1"] <= 100 and results["data"] == args["data"]
         shutil.rmtree(tmp_path / "probe")
     plain = run_script("linear_probe.py", "--backbone", run, "--output", tmp_path / "probe", "--data", "shapes")
     assert plain.returncode == 2 and "takes images of 6 channels, and --data shapes has 3" in plain.stderr

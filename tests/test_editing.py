@@ -1,5 +1,6 @@
 """The edits of docs/editing.md, applied to the current train_moco.py, and the check of a copied script."""
 
+import json
 import re
 import subprocess
 import sys
@@ -58,6 +59,10 @@ def test_an_edit_applies_and_trains(title, tmp_path, small_folder):
     assert done.returncode == 0, done.stderr
     assert len([line for line in metrics_of(tmp_path / "run") if "loss" in line]) == 2
     assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
+    config = json.loads((tmp_path / "run" / "backbone" / "config.json").read_text())["moco"]
+    named = {"Multi-crop": "own", "Transforms of your own": "own", "Arrays with six channels": "no-colour"}.get(title)
+    assert config["augment"] == (named or "v2")  # what runs, whatever --augment says
+    assert config["data"] == ("own images (Scenes)" if "channels" in title else small_folder.name)
     if title == "AdamW":
         assert "AdamW with betas (0.9, 0.999), eps 1e-08, weight decay 0.0001" in done.stdout
     if "second term" in title:

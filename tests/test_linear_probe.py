@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import HANG, run_script, start_script, wait_for_step, write_parquet
+from conftest import HANG, ROOT, call_main, run_script, start_script, wait_for_step, write_parquet
 from safetensors.torch import load_file
 from torch import nn
 from trajectory import tiny_resnet
@@ -247,3 +247,36 @@ def test_a_sigterm_after_the_last_step_ends_the_process():
     assert done.stdout == "1\n" and done.returncode == -signal.SIGTERM
     done = run_script("-c", "from moco.run.launch import *; catch_signals(); release_signals(); print('went on')")
     assert done.stdout == "went on\n" and done.returncode == 0
+
+
+BACKBONE = "backbone = backbone.requires_grad_(False).eval()."
+EDITS = {  # of a copy: what stands there, and what it becomes
+    "trained on purpose": {
+        BACKBONE: "backbone = backbone.eval().",
+        "return torch.optim.SGD(groups,": "return torch.optim.SGD([*groups, {'params': backbone.parameters()}], 1e-3,",
+        "def build_optimizer(classifiers,": "def build_optimizer(backbone, classifiers,",
+        "build_optimizer(classifiers, args.lr,": "build_optimizer(backbone, classifiers, args.lr,",
+        "zip(optimizer.param_groups, lrs, strict=True)": "zip(optimizer.param_groups, lrs)",
+        '{"classifiers": classifiers}': '{"classifiers": classifiers, "backbone": backbone}',
+        "with torch.no_grad(), accelerator.autocast():": "with accelerator.autocast():",
+    },
+    "by mistake": {BACKBONE: "backbone = backbone.requires_grad_(False).train()."},
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_results_are_written_first_whatever_became_of_the_backbone(kind, labelled, tmp_path):
+    """One that is trained on purpose is right; one whose statistics moved by mistake is an error afterwards."""
+    script, run = (ROOT / "linear_probe.py").read_text(), tmp_path / "run"
+    for before, after in EDITS[kind].items():
+        assert script.count(before) == 1, before
+        script = script.replace(before, after)
+    (tmp_path / "linear_probe.py").write_text(script)
+    flags = ["--data", labelled, "--output", run, *SMALL.split(), "--epochs", 1, "--lr", 1]
+    if kind == "trained on purpose":
+        call_main(tmp_path / "linear_probe.py", *flags)
+    else:
+        with pytest.raises(UserError, match="the backbone changed while it was probed, although none"):
+            call_main(tmp_path / "linear_probe.py", *flags)
+    results = json.loads((run / "results.json").read_text())
+    assert not results["frozen"] and 0 <= results["top1"] <= 100

@@ -68,6 +68,12 @@ def test_views_depend_on_neither_workers_nor_start_nor_processes_nor_what_was_dr
     assert not whole[0].equal(whole[2])  # other epochs, other views: batches of 4 make 2 steps of 10 images
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_check_tells_what_the_workers_make_of_an_image(images, kind):
+    batch, _, _ = MAKERS[kind].crops(images, seed=0)[[(0, 0)], ()]
+    assert [(crop.shape, crop.dtype) for crop in MAKERS[kind].check(images)] == [(c.shape[1:], c.dtype) for c in batch]
+
+
 def test_transforms_leave_the_global_generators_as_they_were(images):
     def state():
         return torch.rand(1).item(), np.random.rand(), random.random()
@@ -148,7 +154,7 @@ def test_views_that_cannot_be_right_are_refused_before_a_step(images, kind):
     if shape:
         images = ArrayImages([np.arange(np.prod(shape), dtype=np.float32).reshape(shape)] * 4)
     with pytest.raises(UserError, match=message):
-        views.batches(images, Order(4, 0), 0)
+        views.check(images)
 
 
 def test_views_of_several_sizes_in_one_batch_are_refused():

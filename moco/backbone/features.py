@@ -33,7 +33,7 @@ class Features:
     def __init__(self, backbone, size, mean, std, workers, accelerator):
         self.backbone, self.size, self.workers, self.accelerator = backbone, size, workers, accelerator
         self.mean, self.std = mean, std
-        self.width, self.device = feature_width(backbone, size), accelerator.device
+        self.width, self.device = feature_width(backbone, size, len(mean)), accelerator.device
 
     def share(self, dataset, rows):
         """(position of the first, rows) that this process reads of `rows`, a sequence of int."""

@@ -11,8 +11,8 @@ from moco.errors import UserError
 # A stage of a ResNet as torchvision, as detectron2, and as an nn.Sequential of torchvision's layers names it.
 STAGE = re.compile(r"(|.*\.)(layer\d|res\d|\d+)\.0\.conv1\.weight")
 PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-# What stands before the keys of the second of two encoders, in the official code and elsewhere.
-MOMENTUM = re.compile(r"encoder_k|key_encoder|momentum|teacher|target|ema")
+# A word before the keys of the second of two encoders, in the official code and elsewhere; "schema" has none.
+MOMENTUM = re.compile(r"(?<![a-z])(encoder_k|key_encoder|momentum|teacher|target|ema)(?![a-z])")
 
 
 def to_detectron2(key):

@@ -12,7 +12,9 @@ from moco.encoder import TIMM, feature_width, timm_arguments
 from moco.jsonfile import write_json
 
 # Settings of a run that say nothing about its weights. They may hold local paths, which must not be published.
-NOT_PUBLISHED = {"output", "resume", "keep", "checkpoint_every", "workers", "tracker", "push_to_hub", "license"}
+NOT_PUBLISHED = {
+    "output", "cache", "cache_gb", "resume", "keep", "checkpoint_every", "workers", "tracker", "push_to_hub", "license",
+}  # fmt: skip
 
 
 def save_backbone(folder, encoder, arch, image_size, tag, settings, mean=MEAN, std=STD):

@@ -41,6 +41,11 @@ class ImageRows(GroupedImages):
 
     # ---- what is in it
 
+    @property
+    def name(self):
+        """What args.json and the card of a backbone call it: --data says nothing about rows that a script makes."""
+        return f"own images ({type(self).__name__})"
+
     @cached_property
     def rows_in_group(self):
         return np.ones(len(self), np.int64)  # each row is a group of its own
@@ -126,6 +131,10 @@ class SelectedRows(ImageRows):
     def __getitem__(self, row):
         return self.images[int(self.rows[row])]
 
+    @property
+    def name(self):
+        return self.images.name
+
     @cached_property
     def labels(self):
         return self.images.labels[self.rows]
@@ -178,6 +187,10 @@ class ArrayImages(ImageRows):
             except UNDECODABLE as error:
                 if isinstance(error, UserError) or row == len(self) - 1:
                     raise
+
+    @property
+    def name(self):
+        return f"own images ({type(self.dataset).__name__})"
 
     def __len__(self):
         return len(self.dataset)

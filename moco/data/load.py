@@ -34,6 +34,7 @@ class IndexedImages(ImageRows):
     """
 
     channels, dtype = 3, np.dtype(np.uint8)  # as `decode_image` makes them
+    name = None  # it is the one of --data
 
     def __init__(self, dataset, commit=None, bits=None):
         self.commit, self.bits = commit, bits

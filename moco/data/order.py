@@ -44,11 +44,11 @@ class GroupedImages:
 
     rows_in_group: how many rows each has. A subclass has `select_rows`, which makes a sequence of some rows alone.
     commit: USER/NAME@COMMIT of a dataset on the Hub, otherwise None. bits: of gray pixels that are stored in 16 bits,
-    if they have fewer, otherwise None.
+    if they have fewer, otherwise None. name: what is published of images that --data does not name, otherwise None.
     """
 
     channels, dtype = 3, np.dtype(np.uint8)  # of a decoded image
-    commit = bits = None
+    commit = bits = name = None
 
     def __init__(self, rows_in_group):
         self.rows_in_group = np.asarray(rows_in_group, dtype=np.int64)

@@ -6,7 +6,8 @@
     images = views.on_device(batch, order, step, device)       # a list of (n, C, S, S) tensors, one for each view
 
 Both depend on nothing but (seed, epoch, image) and (seed, step), so a run resumes at any step with any number of
-workers. Another object with these two methods, and `mean` and `std`, does as well.
+workers. `check` refuses images that views do not fit, before anything is computed. Another object with these three
+methods, and `name`, `mean` and `std`, does as well.
 """
 
 import random
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moco.augment import augment, random_crop_boxes, sample_params
+from moco.augment import AUGMENTATIONS, augment, random_crop_boxes, sample_params
 from moco.data.batches import Crops, crop_generator, loader
 from moco.data.decode import decode_crops, decode_image, read_image
 from moco.errors import UserError
@@ -28,21 +29,21 @@ COLOURS = ("jitter_p", "gray_p", "solarize_p")  # what takes three channels with
 class FastViews:
     """Our own recipes: uint8 crops in the workers, everything else as one batch on the device; see `moco.augment`.
 
-    recipe: a list of views, as in AUGMENTATIONS. size: of an image, in pixels, of which a view may be a share.
+    recipe: a list of views, as in AUGMENTATIONS; `name` is the one that it has there, otherwise "own". size: of an
+    image, in pixels, of which a view may be a share.
     mean, std: a number for each channel, to normalise with; see `normalization`.
     """
 
     def __init__(self, recipe, size, mean, std):
         self.recipe, self.mean, self.std = recipe, mean, std
         self.sizes, self.areas = [round(view["size"] * size) for view in recipe], [view["area"] for view in recipe]
+        self.name = next((name for name, views in AUGMENTATIONS.items() if views == recipe), "own")
 
     def batches(self, images, order, start):
         """Endless (crops, labels, undecodable) of one process from step `start` on; see Crops. order: Order.
 
-        crops: a tensor (n, S, S, C) for each view. Labels are 0. Raises UserError for images that the recipe does not
-        fit.
+        crops: a tensor (n, S, S, C) for each view. Labels are 0.
         """
-        self.check(images)
         return iter(loader(self.crops(images, order.seed), images.training_rows(order, start), order.workers))
 
     def crops(self, images, seed):
@@ -61,10 +62,15 @@ class FastViews:
         return augment(crops, params, self.mean, self.std)
 
     def check(self, images):
+        """Crops like those of an image, without values. Raises UserError if the recipe does not fit the images."""
         if len(self.mean) != images.channels:
             raise UserError(f"mean and std are of {len(self.mean)} channels, the images have {images.channels}")
-        if not any(view[name] for view in self.recipe for name in COLOURS):
-            return
+        if any(view[name] for view in self.recipe for name in COLOURS):
+            self.check_colours(images)
+        dtype = torch.uint8 if images.dtype == np.uint8 else torch.float32
+        return [torch.empty(size, size, images.channels, dtype=dtype, device="meta") for size in self.sizes]
+
+    def check_colours(self, images):
         remedy = "take --augment no-colour, or a recipe without jitter, gray and solarize"
         if images.channels != 3:
             raise UserError(f"the augmentation changes colours: it needs 3 channels, not {images.channels}; {remedy}")
@@ -88,11 +94,10 @@ class TransformViews:
     """
 
     def __init__(self, transforms, mean=None, std=None):
-        self.transforms, self.mean, self.std = transforms, mean, std
+        self.transforms, self.mean, self.std, self.name = transforms, mean, std, "own"
 
     def batches(self, images, order, start):
         """As those of FastViews, with the views as floats. Raises UserError for a transform that returns no such."""
-        self.check(images)
         return iter(loader(self.crops(images, order.seed), images.training_rows(order, start), order.workers))
 
     def crops(self, images, seed):
@@ -119,15 +124,16 @@ class TransformViews:
         return [view.to(device, torch.float32, **options) for view in views]
 
     def check(self, images):
-        """Raise UserError if the first image has other views the second time."""
+        """The views of the first image. Raises UserError if it has other ones the second time."""
         image = decoded_image(read_image(images, 0)[0])
-        twice = zip(self.transform(image, 0, 0, 0), self.transform(image, 0, 0, 0))
-        for number, (view, again) in enumerate(twice):
+        views = self.transform(image, 0, 0, 0)
+        for number, (view, again) in enumerate(zip(views, self.transform(image, 0, 0, 0))):
             if not view.equal(again):
                 raise UserError(
                     f"the transform of view {number} draws from a generator of its own, which is not seeded here, so"
                     " that no run could be resumed; let it draw from torch's, numpy's or random's global one"
                 )
+        return views
 
 
 def decoded(record, epoch, index):
