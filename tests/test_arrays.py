@@ -124,6 +124,8 @@ def test_statistics_are_imagenets_or_measured_or_given(capsys):
     sixteen = RNG.integers(0, 65536, (4, 8, 8), np.uint16)
     mean, std = normalization(ArrayImages(sixteen))
     assert mean[0] == pytest.approx(sixteen.mean() / 65535, rel=1e-4) and len(mean) == len(std) == 1
+    eight = RNG.integers(0, 256, (4, 8, 8), np.uint8)
+    assert normalization(ArrayImages(eight))[0][0] == pytest.approx(eight.mean() / 255, rel=1e-4)
     assert normalization(ArrayImages(SIX), [1.0] * 6, [2.0] * 6) == ((1.0,) * 6, (2.0,) * 6)
     constant = np.concatenate([SIX, np.ones((30, 20, 24, 1), np.float32)], axis=3)
     for images, given, message in (

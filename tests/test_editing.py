@@ -1,14 +1,23 @@
 """The edits of docs/editing.md, applied to the current train_moco.py, and the check of a copied script."""
 
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, metrics_of, run_script
 from PIL import Image
+from safetensors.torch import save_file
+
+from moco.backbone import save_backbone
+from moco.check import Fault, compare_backbone, compare_processes, compare_resumed, compare_trained
+from moco.encoder import build_encoder
+from moco.run.checkpoint import save_checkpoint
 
 PAGE = (ROOT / "docs" / "editing.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n)*)", PAGE, re.MULTILINE))
@@ -107,6 +116,48 @@ DEFECTS = {  # what is planted: (the script's text, what it becomes, what the ch
         "a killed and resumed run ends elsewhere",
     ),
 }  # fmt: skip
+
+
+def fault(compare, *arguments):
+    with pytest.raises(Fault) as found:
+        compare(*arguments)
+    return str(found.value)
+
+
+def test_what_the_check_compares_of_two_runs(tmp_path):
+    for name, changed in (("one", None), ("same", None), ("first", 1), ("last", 3)):
+        for step in range(4):
+            weights = {"weight": torch.full((2,), step + 1.0), "running_mean": torch.rand(2)}  # averaged otherwise
+            weights["weight"][1] += 1e-6 * (step == changed)
+            save_checkpoint(tmp_path / name / "checkpoints", step, {"query_encoder": weights}, {}, keep=9)
+    one, same, first, last = (tmp_path / name for name in ("one", "same", "first", "last"))
+    assert "take equal steps" in compare_processes(one, same)
+    assert "differ after step 1, in query_encoder.weight by" in fault(compare_processes, one, first)
+    assert "differ after step 3" in fault(compare_processes, one, last)
+    assert "ends elsewhere" in fault(compare_resumed, one, same)  # with other statistics
+    assert "bit for bit" in compare_resumed(one, one)
+    (one / "args.json").write_text('{"queue_size": 15}')
+    for losses, line in (
+        (["2.7", "2.5"], None),
+        (["2.7", f"{math.log(16)}"], "chance level"),
+        (["2", "2"], "not move"),
+    ):
+        (one / "metrics.jsonl").write_text("".join(f'{{"loss": {loss}}}\n' for loss in losses))
+        assert ("are trained" in compare_trained(one)) if line is None else (line in fault(compare_trained, one))
+    shutil.rmtree(one / "checkpoints" / "step_3")
+    shutil.copytree(one / "checkpoints" / "step_0", one / "checkpoints" / "step_3")
+    assert "no saved tensor changed" in fault(compare_trained, one)
+
+
+def test_what_the_check_compares_of_a_backbone(tmp_path):
+    encoder, images = build_encoder("resnet10").double().eval(), torch.randn(4, 3, 32, 32).double()
+    features = {"images": images, "features": encoder.backbone(images).detach()}
+    save_file(features, tmp_path / "features")
+    assert "left no backbone/" in fault(compare_backbone, tmp_path, tmp_path / "features")
+    save_backbone(tmp_path / "backbone", encoder.float(), "resnet10", 32, "m", {})
+    assert "loads back with equal features" in compare_backbone(tmp_path, tmp_path / "features")
+    save_file(features | {"features": features["features"] * 1.001}, tmp_path / "features")
+    assert "gives other features, by" in fault(compare_backbone, tmp_path, tmp_path / "features")
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ class ImageRows(GroupedImages):
 
     # ---- what is in it
 
-    @property
+    @cached_property
     def name(self):
         """What args.json and the card of a backbone call it: --data says nothing about rows that a script makes."""
         return f"own images ({type(self).__name__})"
@@ -122,7 +122,7 @@ class SelectedRows(ImageRows):
     """Some rows of others. The fingerprint stays that of all."""
 
     def __init__(self, images, rows):
-        self.images, self.rows = images, rows
+        self.images, self.rows, self.name = images, rows, images.name
         self.column_names, self.features, self.first_image = images.column_names, images.features, images.first_image
 
     def __len__(self):
@@ -130,10 +130,6 @@ class SelectedRows(ImageRows):
 
     def __getitem__(self, row):
         return self.images[int(self.rows[row])]
-
-    @property
-    def name(self):
-        return self.images.name
 
     @cached_property
     def labels(self):
@@ -151,17 +147,19 @@ class ArrayImages(ImageRows):
     differ, the number of channels may not. A label is a whole number from 0 on.
     labels: (len(dataset),) whole numbers, if the items have none, or if reading all of them to know how many classes
     there are would take too long.
+    name: what args.json and the card of a backbone call the data; None for the class of the dataset.
     An image that raises one of UNDECODABLE, or differs in its channels, counts as undecodable.
     Raises UserError if items are something else, or other pixels each time they are read: random transforms belong into
     `TransformViews`, which seeds them, or a run could not be resumed.
     """
 
-    def __init__(self, dataset, labels=None):
+    def __init__(self, dataset, labels=None, name=None):
         if not len(dataset):
             raise UserError("the dataset has no images: its length is 0")
         if labels is not None and len(labels) != len(dataset):
             raise UserError(f"there are {len(labels)} labels for {len(dataset)} images")
         self.dataset, self.given = dataset, None if labels is None else np.asarray(labels)
+        self.name = name or f"own images ({type(dataset).__name__})"
         if self.given is not None:
             if self.given.dtype.kind not in "iu" or self.given.ndim != 1:
                 raise UserError(f"labels are {self.given.ndim}-dimensional, {self.given.dtype}; they must be (N,) ints")
@@ -187,10 +185,6 @@ class ArrayImages(ImageRows):
             except UNDECODABLE as error:
                 if isinstance(error, UserError) or row == len(self) - 1:
                     raise
-
-    @property
-    def name(self):
-        return f"own images ({type(self.dataset).__name__})"
 
     def __len__(self):
         return len(self.dataset)
