@@ -137,8 +137,16 @@ def build_timm(arch, bn_batch, image_size, channels):
         f"{arch} cannot be built for images of {image_size} pixels", "choose another --image-size or --arch"
     ):
         model = timm.create_model(name, num_classes=0, **timm_arguments(arch, image_size, channels))
-        image_size = image_size or model.pretrained_cfg["input_size"][-1]
+        default = model.pretrained_cfg["input_size"][-1]
+        image_size = image_size or default
         width = feature_width(model, image_size, channels)
+    patches = next((module for module in model.modules() if isinstance(module, timm.layers.PatchEmbed)), None)
+    side = max(patches.patch_size) if patches and not patches.dynamic_img_pad else 1
+    if image_size % side and image_size != default:
+        raise UserError(
+            f"{arch} cuts images of {image_size} pixels into patches of {side} and would drop the rest; choose an"
+            f" --image-size that is a multiple of {side}"
+        )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

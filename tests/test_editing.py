@@ -10,11 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metrics_of, run_script
+from conftest import ROOT, assert_same_run, call_main, metrics_of, run_script
 from PIL import Image
 from safetensors.torch import save_file
 
 from moco.backbone import save_backbone
+from moco.backbone.load import check_loads_back
+from moco.backbone.publish import prepare_folder
 from moco.check import Fault, compare_backbone, compare_processes, compare_resumed, compare_trained
 from moco.encoder import build_encoder
 from moco.run.checkpoint import save_checkpoint
@@ -27,7 +29,7 @@ EDITS = {
 ADDED = dict(re.findall(r"^\| \[(.+?)\]\(#.*?\) \| (\d+) \|$", PAGE, re.MULTILINE))
 FLAGS = (
     "--arch resnet10 --image-size 32 --batch-size 32 --bn-batch 16 --queue-size 64 --epochs 1 --lr 0.01 --workers 1"
-    " --knn-every 0 --log-every 1"
+    " --knn-every 0 --log-every 1 --checkpoint-every 1 --keep 9 --mixed-precision no"
 ).split()
 
 
@@ -59,23 +61,25 @@ def test_the_page_has_eight_edits_and_counts_their_lines():
 
 
 @pytest.mark.parametrize("title", EDITS)
-def test_an_edit_applies_and_trains(title, tmp_path, small_folder):
-    (tmp_path / "mine.py").write_text(edited(EDITS[title]))
-    flags = [*FLAGS, *(["--augment", "no-colour"] if "channels" in title else [])]
-    done = run_script(
-        tmp_path / "mine.py", "--data", small_folder, "--output", tmp_path / "run", *flags, PYTHONPATH=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    assert len([line for line in metrics_of(tmp_path / "run") if "loss" in line]) == 2
-    assert (tmp_path / "run" / "backbone" / "model.safetensors").exists()
-    config = json.loads((tmp_path / "run" / "backbone" / "config.json").read_text())["moco"]
+def test_an_edit_applies_trains_resumes_exactly_and_can_be_published(title, tmp_path, small_folder, capsys):
+    script, run, cut = tmp_path / "mine.py", tmp_path / "run", tmp_path / "cut"
+    script.write_text(edited(EDITS[title]))
+    flags = ["--data", small_folder, *FLAGS, *(["--augment", "no-colour"] if "channels" in title else [])]
+    call_main(script, *flags, "--output", run)
+    said = capsys.readouterr().out
+    assert len([line for line in metrics_of(run) if "loss" in line]) == 2
+    shutil.copytree(run, cut, ignore=shutil.ignore_patterns("backbone", "step_2"))  # as if killed after the first step
+    call_main(script, *flags, "--output", cut, "--resume", "--workers", 0)
+    assert_same_run(cut, run)
+    check_loads_back(prepare_folder(run, "user/name"))
+    config = json.loads((run / "backbone" / "config.json").read_text())["moco"]
     named = {"Multi-crop": "own", "Transforms of your own": "own", "Arrays with six channels": "no-colour"}.get(title)
     assert config["augment"] == (named or "v2")  # what runs, whatever --augment says
     assert config["data"] == ("own images (Scenes)" if "channels" in title else small_folder.name)
     if title == "AdamW":
-        assert "AdamW with betas (0.9, 0.999), eps 1e-08, weight decay 0.0001" in done.stdout
+        assert "AdamW with betas (0.9, 0.999), eps 1e-08, weight decay 0.0001" in said
     if "second term" in title:
-        assert all("distance" in line for line in metrics_of(tmp_path / "run"))
+        assert all("distance" in line for line in metrics_of(run))
 
 
 def test_the_loop_of_the_page_runs(tmp_path):

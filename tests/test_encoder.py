@@ -127,6 +127,11 @@ def test_timms_models_drop_nothing_at_random():
         ({"arch": "timm/vit_tiny_patch16_225"}, "timm/vit_tiny_patch16_224"),
         ({"arch": "vit_tiny_patch16_224"}, "timm/NAME"),
         ({"arch": "timm/vit_tiny_patch16_224", "image_size": 8}, "8 pixels"),
+        (
+            {"arch": "timm/vit_tiny_patch16_224", "image_size": 40},
+            "40 pixels into patches of 16",
+        ),
+        ({"arch": "timm/test_vit", "image_size": 40}, "40 pixels"),  # which timm refuses itself
         ({"arch": "timm/convnext_atto", "stem": "small"}, "--stem small is for ResNets"),
         ({"arch": "timm/levit_128s", "bn_batch": 2}, "BatchNorm1d"),
     ],
