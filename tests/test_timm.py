@@ -59,11 +59,12 @@ def test_a_model_of_timm_goes_the_whole_way(arch, labelled, tmp_path, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with serving(tmp_path / "hub") as hub, torch.no_grad():
         hub.here(monkeypatch, TOKEN)
-        call_main("moco/backbone/__main__.py", "push", run, "user/first")
+        call_main("moco/backbone/__main__.py", "push", run, "user/first")  # loaded back by timm before it is sent
         assert "linear probe, lr 1" in hub.files("models", "user/first")["README.md"].read_text()
         for name in ("hf-hub:user/first", f"local-dir:{tmp_path / 'converted'}"):
             model = timm.create_model(name, pretrained=True).eval()
             torch.testing.assert_close(model(images), backbone(images), rtol=0, atol=1e-5)
 
+    capsys.readouterr()  # what was printed so far
     flags = ["--data", "shapes", "--backbone", run, "--output", tmp_path / "detection"]
     assert "detection needs a ResNet of torchvision" in refusal(detect_transfer, flags, monkeypatch, capsys)
