@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, assert_same_run, metrics_of, run_script
+from conftest import ROOT, assert_same_run, call_main, metrics_of
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -211,17 +211,17 @@ from moco.data.arrays import ArrayImages
     return folder / f"my_{name}"
 
 
-def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_trained(tmp_path):
+def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_trained(tmp_path, capsys):
     six = SIX.copy()
     six[..., 0] *= -1e-7  # a mean that is written with an exponent
     np.save(tmp_path / "images.npy", six)
     own_loss = {"loss=loss, accuracy=accuracy)": "loss=loss, accuracy=accuracy, mine=2 * loss)"}
     script, run = copied_script("train_moco.py", tmp_path, own_loss), tmp_path / "run"
-    done = run_script(script, *FLAGS.split(), "--output", run, "--workers", 0)
-    assert done.returncode == 0, done.stderr
-    assert "6 channels of 20 x 24 pixels" in done.stdout and "measured, as ImageNet's do not fit" in done.stdout
+    call_main(script, *FLAGS.split(), "--output", run, "--workers", 0)
+    said = capsys.readouterr().out
+    assert "6 channels of 20 x 24 pixels" in said and "measured, as ImageNet's do not fit" in said
     args = json.loads((run / "args.json").read_text())
-    assert args["data"] == "own images (memmap)" and "own images (memmap)" in done.stdout  # whatever --data says
+    assert args["data"] == "own images (memmap)" and "own images (memmap)" in said  # whatever --data says
     assert args["mean"] == pytest.approx(six.mean(axis=(0, 1, 2)).tolist(), rel=1e-4, abs=0)
     lines = metrics_of(run)
     assert len(lines) == 10 and all(line["mine"] == pytest.approx(2 * line["loss"]) for line in lines[1:])
@@ -229,8 +229,7 @@ def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_traine
     shutil.copytree(run, tmp_path / "cut")
     for step in (8, 9):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step_{step}")
-    done = run_script(script, *FLAGS.split(), "--output", tmp_path / "cut", "--workers", 2, "--resume")
-    assert done.returncode == 0, done.stderr
+    call_main(script, *FLAGS.split(), "--output", tmp_path / "cut", "--workers", 2, "--resume")
     assert_same_run(tmp_path / "cut", run)
 
     config = json.loads((run / "backbone" / "config.json").read_text())
@@ -242,11 +241,11 @@ def test_copied_scripts_train_on_six_channels_exactly_and_probe_what_they_traine
     shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("backbone"))
     for backbone in (run, unfinished, "random"):
         words = ["--backbone", backbone, "--output", tmp_path / "probe", *PROBE.split()]
-        done = run_script(script, *words, *(["--arch", "resnet10"] if backbone == "random" else []))
-        assert done.returncode == 0, done.stderr
-        assert ("measured" in done.stdout) == (backbone == "random")  # otherwise those of pre-training
+        capsys.readouterr()
+        call_main(script, *words, *(["--arch", "resnet10"] if backbone == "random" else []))
+        assert ("measured" in capsys.readouterr().out) == (backbone == "random")  # otherwise those of pre-training
         results = json.loads((tmp_path / "probe" / "results.json").read_text())
         assert 0 <= results["top1"] <= 100 and results["data"] == args["data"]
         shutil.rmtree(tmp_path / "probe")
-    plain = run_script("linear_probe.py", "--backbone", run, "--output", tmp_path / "probe", "--data", "shapes")
-    assert plain.returncode == 2 and "takes images of 6 channels, and --data shapes has 3" in plain.stderr
+    with pytest.raises(UserError, match="takes images of 6 channels, and --data shapes has 3"):
+        call_main("linear_probe.py", "--backbone", run, "--output", tmp_path / "probe", "--data", "shapes")
