@@ -76,6 +76,8 @@ def test_an_edit_applies_trains_resumes_exactly_and_can_be_published(title, tmp_
     named = {"Multi-crop": "own", "Transforms of your own": "own", "Arrays with six channels": "no-colour"}.get(title)
     assert config["augment"] == (named or "v2")  # what runs, whatever --augment says
     assert config["data"] == ("own images (Scenes)" if "channels" in title else small_folder.name)
+    if title == "Multi-crop":
+        assert Image.open(run / "views.png").size[1] > 700  # four rows of 176 pixels
     if title == "AdamW":
         assert "AdamW with betas (0.9, 0.999), eps 1e-08, weight decay 0.0001" in said
     if "second term" in title:
