@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from moco.augment import AUGMENTATIONS, MEAN, STD, V2
+from moco.augment import AUGMENTATIONS, MEAN, NO_COLOUR, STD, V2
 from moco.data.arrays import ArrayImages
 from moco.data.order import Order
 from moco.data.shapes import draw_scene
@@ -144,7 +144,7 @@ REFUSED = {
     "no tensor": (TransformViews([v1.RandomHorizontalFlip()]), None, "view 0 returns a Image, which must be"),
     "no floats": (TransformViews([v2.ToImage()]), None, "view 0 returns a 3-dimensional torch.uint8"),
     "channels": (FastViews(AUGMENTATIONS["v2"], 16, MEAN, STD), (8, 8, 6), "mean and std are of 3 channels, .* have 6"),
-    "colours": (FastViews(AUGMENTATIONS["v2"], 16, [0] * 6, [1] * 6), (8, 8, 6), "needs 3 channels, not 6"),
+    "colours": (FastViews([NO_COLOUR, V2], 16, [0] * 6, [1] * 6), (8, 8, 6), "needs 3 channels, not 6"),
     "range": (FastViews(AUGMENTATIONS["v2"], 16, MEAN, STD), (8, 8, 3), "from 0 to 1, the images have values from"),
 }
 
