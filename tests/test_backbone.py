@@ -177,8 +177,8 @@ def test_of_two_encoders_the_one_that_was_asked_for(tmp_path):
 def test_a_name_that_only_contains_a_word_for_the_second_encoder_is_none(tmp_path):
     """Taking the other one without a word would be a wrong backbone."""
     one, two = (build_encoder("resnet10").backbone.state_dict() for _ in range(2))
-    save_file(under("semantic.", one) | under("depth.", two), tmp_path / "w.safetensors")
-    assert "holds several backbones, below 'depth.', 'semantic.'" in refusal(tmp_path / "w.safetensors")
+    save_file(under("semantic.", one) | under("schema.", two), tmp_path / "w.safetensors")
+    assert "holds several backbones, below 'schema.', 'semantic.'" in refusal(tmp_path / "w.safetensors")
 
 
 def test_of_several_the_one_that_an_architecture_fits_else_none(tmp_path):
