@@ -48,7 +48,7 @@ def steps_of(device, dtype, precision="float32", compiled=False):
     """The weights and statistics, one float64 vector, after three steps of a small MoCo on given images."""
     torch.manual_seed(0)
     encoder = build_encoder("resnet10", dim=16, bn_batch=4).to(dtype)
-    images = torch.randn(3, 2, 16, 3, 64, 64, dtype=dtype)
+    images = torch.randn(3, 2, 16, 3, 64, 64).to(dtype)  # in float64 it would draw others
     encoder = encoder.to(device, memory_format=torch.channels_last)
     key_encoder, queue = copy.deepcopy(encoder).requires_grad_(False), KeyQueue(64, 16).to(device, dtype)
     optimizer = torch.optim.SGD(encoder.parameters(), 0.1, momentum=0.9, fused=device.type == "cuda" or None)
