@@ -13,7 +13,7 @@ from contextlib import suppress
 import datasets
 import psutil
 import pytest
-from conftest import HANG, ROOT, assert_same_run, start_script, wait_for_step, write_parquet
+from conftest import HANG, ROOT, assert_same_run, run_script, start_script, wait_for_step, write_parquet
 
 pytestmark = pytest.mark.slow
 
@@ -63,8 +63,12 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 @pytest.fixture(scope="session")
 def uninterrupted(parquet, tmp_path_factory):
     """A run of two processes on one machine, from its begin to its end."""
-    output = tmp_path_factory.mktemp("uninterrupted") / "run"
-    finish(start(TORCHRUN, parquet, output))
+    return one_machine(parquet, tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+def one_machine(data, output):
+    done = run_script("train_moco.py", "--data", data, "--output", output, *RUN, processes=2)
+    assert done.returncode == 0, done.stderr
     return output
 
 
@@ -99,9 +103,8 @@ def test_two_machines_of_one_process_are_one_machine_of_two(parquet, uninterrupt
             command += ["--master_addr", "127.0.0.1", "--master_port", port]
         machines.append(start(command, data, tmp_path / "two", HF_HOME=str(tmp_path / f"cache{rank}")))
     finish(*machines)
-    if not streamed:  # another order of the images
-        finish(start(TORCHRUN, data, tmp_path / "one"))
-    assert_same_run(tmp_path / "two", uninterrupted if streamed else tmp_path / "one")
+    expected = uninterrupted if streamed else one_machine(data, tmp_path / "one")  # in another order
+    assert_same_run(tmp_path / "two", expected)
 
 
 SRUN = """#!/bin/bash
