@@ -13,7 +13,7 @@ from contextlib import suppress
 import datasets
 import psutil
 import pytest
-from conftest import HANG, ROOT, assert_same_run, run_script, start_script, wait_for_step, write_parquet
+from conftest import HANG, ROOT, assert_same_run, run_script, start_script, wait_for_step, write_three_files
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,9 @@ RUN += "--batch-size 16 --bn-batch 8 --workers 1 --shuffle-window 20 --checkpoin
 
 @pytest.fixture(scope="session")
 def parquet(tmp_path_factory):
-    """Three files of 25 images in row groups of 10, 10 and 5: four steps an epoch."""
+    """Three files of 25 images: four steps an epoch."""
     root = tmp_path_factory.mktemp("parquet")
-    for file in range(3):
-        write_parquet(root / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
+    write_three_files(root)
     return root
 
 
@@ -62,11 +61,12 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 @pytest.fixture(scope="session")
 def uninterrupted(parquet, tmp_path_factory):
-    """A run of two processes on one machine, from its begin to its end."""
+    """What the runs of this file over `parquet` are compared with."""
     return one_machine(parquet, tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
 def one_machine(data, output):
+    """A run of two processes on one machine; returns its folder."""
     done = run_script("train_moco.py", "--data", data, "--output", output, *RUN, processes=2)
     assert done.returncode == 0, done.stderr
     return output
@@ -103,7 +103,7 @@ def test_two_machines_of_one_process_are_one_machine_of_two(parquet, uninterrupt
             command += ["--master_addr", "127.0.0.1", "--master_port", port]
         machines.append(start(command, data, tmp_path / "two", HF_HOME=str(tmp_path / f"cache{rank}")))
     finish(*machines)
-    expected = uninterrupted if streamed else one_machine(data, tmp_path / "one")  # in another order
+    expected = uninterrupted if streamed else one_machine(data, tmp_path / "one")  # other data, another order
     assert_same_run(tmp_path / "two", expected)
 
 
