@@ -9,14 +9,13 @@ this GPU; in the paper each of 8 GPUs holds an eighth of it. What does not fit s
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.step import DEVICE, end_to_end_step, measured_memory, our_step, take_turns
+from benchmarks.step import DEVICE, end_to_end_step, in_a_process, measured_memory, our_step, take_turns
 
 PAPER = {
     ("MoCo", 256): "5.0 GB, 53 h",
@@ -26,16 +25,16 @@ PAPER = {
 
 
 def measure(method, arch, size, batch, queue_size, rounds):
-    """Print "MB milliseconds" of one method's step, or "does not fit"."""
+    """(MB, milliseconds) of one method's step, or None if it does not fit."""
     try:
         if method == "MoCo":
             step = our_step(arch, size, batch, queue_size, "bf16", bn_batch=32)
         else:
             step = end_to_end_step(arch, size, batch, "bf16")
         memory = measured_memory(step)
-        print(memory, take_turns({"step": step}, rounds)["step"])
+        return memory, take_turns({"step": step}, rounds)["step"]
     except torch.OutOfMemoryError:
-        print("does not fit")
+        return None
 
 
 def main():
@@ -46,24 +45,17 @@ def main():
     parser.add_argument("--images", type=int, default=1_281_167, help="of an epoch [%(default)s]")
     parser.add_argument("--queue-size", type=int, default=65536)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.backends.cudnn.benchmark = True  # as in training
-    if args.only:
-        return measure(args.only[0], args.arch, args.size, int(args.only[1]), args.queue_size, args.rounds)
     print(f"{args.arch}, {args.size} pixels, bfloat16, {DEVICE}, torch {torch.__version__}")
     print(
         "| method | batch | memory, GB | hours for 200 epochs | in the paper, a GPU of 8 V100 |\n|---|---|---|---|---|"
     )
     for method in ("MoCo", "end-to-end"):
         for batch in args.batches:
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", method, str(batch)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            done = in_a_process(measure, method, args.arch, args.size, batch, args.queue_size, args.rounds)
             memory, hours = "does not fit", ""
-            if done != "does not fit":
-                megabytes, milliseconds = map(float, done.split())
-                memory = f"{megabytes / 1000:.1f}"
-                hours = f"{200 * args.images / batch * milliseconds / 3.6e6:.1f}"
+            if done:
+                memory, hours = f"{done[0] / 1000:.1f}", f"{200 * args.images / batch * done[1] / 3.6e6:.1f}"
             print(f"| {method} | {batch} | {memory} | {hours} | {PAPER.get((method, batch), '')} |")
 
 

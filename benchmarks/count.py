@@ -3,8 +3,10 @@
 python benchmarks/count.py                    ResNet-50, 224 pixels, a batch of 256 in BatchNorm groups of 32
 
 The augmentation and the forward half of both steps run on fake "cuda" tensors, which have shapes and a device but no
-numbers; mixing devices raises. Autocast is off there, so its casts are missing. Bytes are those of every kernel's
-inputs and outputs, as if no cache held any of them. Then the memory of a step, computed.
+numbers; mixing devices raises. Autograd cannot run on them without a GPU, so whole steps run on fake "cpu" tensors that
+call themselves a GPU's: they show kernels and bytes, but not copies and waits. Autocast is off, so its casts are
+missing. Bytes are those of every kernel's inputs and outputs, as if no cache held any of them; a kernel is an operation
+of PyTorch, and cuDNN may launch several for one. Then the memory of a step, computed.
 tests/test_count.py holds what must not change: no copy that blocks, no wait, and one read-back a step.
 """
 
@@ -17,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,9 +47,9 @@ def moved(name, on_device, inputs, outputs):
 class Count(TorchDispatchMode):
     """Counts what passes: kernels, MB, copies to the device, to the host, those that block, other waits."""
 
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.device = Counter(), device
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -56,14 +58,14 @@ class Count(TorchDispatchMode):
         inputs, outputs = (
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in (given, result)
         )
-        on_device = [tensor for tensor in (*inputs, *outputs) if tensor.device.type == "cuda"]
+        on_device = [tensor for tensor in (*inputs, *outputs) if tensor.device.type == self.device]
         name = function._schema.name
         if (
             name in ("aten::_to_copy", "aten::copy_")
             and len({tensor.device.type for tensor in (*inputs, *outputs)}) > 1
         ):
             target = (args[0] if name == "aten::copy_" else result).device.type
-            self.counts["copies to the device" if target == "cuda" else "copies to the host"] += 1
+            self.counts["copies to the device" if target == self.device else "copies to the host"] += 1
             blocks = not ((kwargs or {}).get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
             self.counts["copies that block"] += blocks
         elif on_device and name in WAITS:
@@ -74,9 +76,12 @@ class Count(TorchDispatchMode):
         return result
 
 
-def counted(call):
+def counted(call, device="cuda"):
     """What a call counts."""
-    with Count() as count, patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor):  # fake ones have no pages
+    with (
+        Count(device) as count,
+        patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+    ):  # fake ones have no pages
         call()
     return count
 
@@ -96,12 +101,14 @@ def augmentation(batch, size, recipe="v2", step=0):
     return call
 
 
-def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_per_pass=None, dtype=torch.float32):
-    """A call of `moco_step` or `simclr_step` without the backward pass, which has no dispatch to count.
+def a_step(
+    method, arch, size, batch, bn_batch, queue_size=65536, images_per_pass=None, dtype=torch.float32, device="cuda"
+):
+    """A call of `moco_step` or `simclr_step`: on "cuda" the forward half, on "cpu" all of it.
 
     dtype: of the weights of all but BatchNorm, and of the images.
     """
-    with torch.device("cuda"):
+    with torch.device(device):
         encoder, key_encoder = (build_encoder(arch, bn_batch=bn_batch) for _ in range(2))
         queue = KeyQueue(queue_size, 128)
     for module in (*encoder.modules(), *key_encoder.modules()):
@@ -109,18 +116,28 @@ def half_a_step(method, arch, size, batch, bn_batch, queue_size=65536, images_pe
             for name, weight in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(weight.detach().to(dtype)))
     key_encoder.requires_grad_(False)
-    views = torch.empty(2, batch, 3, size, size, device="cuda", dtype=dtype)
+    views = torch.empty(2, batch, 3, size, size, device=device, dtype=dtype)
     views = [view.contiguous(memory_format=torch.channels_last) for view in views]
-    accelerator = alone("float32")
-    accelerator.backward = lambda loss: None
-    nothing = SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    accelerator, optimizer = alone("float32"), SimpleNamespace(step=lambda: None, zero_grad=lambda: None)
+    if device == "cuda":
+        accelerator.backward = lambda loss: None
+    else:
+        optimizer = torch.optim.SGD(encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
     if method == "simclr":
-        return lambda: simclr_step(encoder, nothing, views, accelerator, temperature=0.1, bn_batch=batch)
+        return lambda: simclr_step(encoder, optimizer, views, accelerator, temperature=0.1, bn_batch=batch)
     order = shuffle_order(0, 0, batch)
     return lambda: moco_step(
-        encoder, key_encoder, queue, nothing, views, order, accelerator,
+        encoder, key_encoder, queue, optimizer, views, order, accelerator,
         temperature=0.2, encoder_momentum=0.999, images_per_pass=images_per_pass or batch,
     )  # fmt: skip
+
+
+def count_whole(*args, **options):
+    """What the second step counts, when momentum is there, where our code takes a GPU's branches."""
+    call = a_step(*args, **options, device="cpu")
+    with patch.object(FakeTensor, "is_cuda", True, create=True):
+        call()
+        return counted(call, "cpu").counts
 
 
 def print_memory(arch, size):
@@ -158,19 +175,22 @@ def main():
     print(f"{shape}, float32, torch {torch.__version__}")
     kinds = ("kernels", "MB", "copies to the device", "copies to the host", "copies that block", "waits")
     print(f"| | {' | '.join(kinds)} |\n|{'---|' * (len(kinds) + 1)}")
+    rows = {  # name: (method, BatchNorm's group, options)
+        "MoCo": ("moco", args.bn_batch, {}),
+        "MoCo, bfloat16": ("moco", args.bn_batch, {"dtype": torch.bfloat16}),
+        "MoCo, a pass for each group": ("moco", None, {"images_per_pass": args.bn_batch}),
+        "MoCo, one group": ("moco", args.batch, {}),
+        "SimCLR": ("simclr", None, {}),
+    }
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shape = (args.arch, args.size, args.batch)
-        calls = {
-            "augmentation, v2": augmentation(args.batch, args.size),
-            "MoCo, forward": half_a_step("moco", *shape, args.bn_batch),
-            "MoCo, forward, bfloat16": half_a_step("moco", *shape, args.bn_batch, dtype=torch.bfloat16),
-            "MoCo, forward, a pass for each group": half_a_step("moco", *shape, None, images_per_pass=args.bn_batch),
-            "MoCo, forward, one group": half_a_step("moco", *shape, args.batch),
-            "SimCLR, forward": half_a_step("simclr", *shape, None),
-        }
-        for name, call in calls.items():
-            counts = counted(call).counts
-            print(f"| {name} | {' | '.join(f'{counts[kind]:.0f}' for kind in kinds)} |")
+        counts = {"augmentation, v2": counted(augmentation(args.batch, args.size)).counts}
+        for name, (method, group, options) in rows.items():
+            step = (method, args.arch, args.size, args.batch, group)
+            counts[f"{name}, forward"] = counted(a_step(*step, **options)).counts
+            counts[f"{name}, whole step"] = count_whole(*step, **options)
+    for name, count in counts.items():
+        shown = kinds[:2] if name.endswith("whole step") else kinds
+        print(f"| {name} | {' | '.join(f'{count[kind]:.0f}' if kind in shown else '' for kind in kinds)} |")
     print_memory(args.arch, args.size)
 
 

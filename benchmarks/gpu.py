@@ -2,11 +2,11 @@
 
 python benchmarks/gpu.py --minutes 9                  ResNet-50, 224 pixels, batch 256
 python benchmarks/gpu.py --minutes 9 --output FILE    continues FILE, whose parts are not run again
-python benchmarks/gpu.py --tiny                       on a CPU, small, all but the last three parts
+python benchmarks/gpu.py --tiny                       on a CPU, small, the first four parts
 
 Correctness comes first, because wrong steps need no timing: a few steps of MoCo beside the CPU in float64, in every
-precision and compiled, then a run that is killed and resumed (`python -m moco.check`). Each part is a process of its
-own, ends when the time is up, and is written down as soon as it is done.
+precision and compiled, then a run that is killed and resumed, which also shows images/s, waits and kNN. Each part is a
+process of its own, ends when the time is up, and is written down as soon as it is done.
 """
 
 import argparse
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.step import DEVICE, alone, prepared
 from moco.contrast import KeyQueue
 from moco.encoder import build_encoder
+from moco.run.checkpoint import complete_checkpoints, read_metrics
 from moco.run.launch import provenance
 from moco.shuffle import shuffle_order
 from train_moco import moco_step
@@ -29,18 +30,22 @@ from train_moco import moco_step
 ROOT = Path(__file__).parent.parent
 STEP = "benchmarks/step.py --arch resnet50 --size 224 --batch 256 --queue-size 65536 --bn-batch 32 --rounds 5"
 TINY = "--arch resnet10 --size 32 --queue-size 64 --rounds 1"
-SHAPES = "train_moco.py --data shapes --epochs 1 --knn-every 1 --output {folder}/shapes"
+RESUMED = "benchmarks/gpu.py --resumed {folder}/shapes"
+TINY_RUN = "--checkpoint-every 4 --image-size 16 --batch-size 500 --bn-batch 250"
 PARTS = {  # heading: (command, the same small, for a CPU), both below the repository's root; most important first
     "Three steps beside the CPU in float64": ("benchmarks/gpu.py --steps",) * 2,
-    "Killed and resumed": ("-m moco.check train_moco.py",) * 2,
+    "Training on the built-in data, killed and resumed": (RESUMED, f"{RESUMED} --tiny"),
     "Steps": (STEP, f"benchmarks/step.py {TINY} --batch 16 --bn-batch 8"),
     "Memory and hours by batch": (
         "benchmarks/cost.py --batches 32 256 1024", f"benchmarks/cost.py {TINY} --batches 32"
     ),
-    "Training on the built-in data: images/s, waits for data, kNN": (SHAPES, f"{SHAPES} --queue-size 256"),
-    "Steps, compiled": (f"{STEP} --compile", None),  # None: takes minutes on a CPU, and others run it
+    "Steps, compiled": (f"{STEP} --compile", None),  # None: takes minutes on a CPU, and other tests run it
+    "Linear probe": (
+        "linear_probe.py --data shapes --backbone {folder}/shapes --cached-features --output {folder}/probe", None
+    ),
     "The data path of one worker": ("benchmarks/data_path.py", None),
     "Detection": ("benchmarks/detector.py --arch resnet50 --image-size 800 --roi-batch 512", None),
+    "The ladder, as far as the time goes": ("benchmarks/ablation.py --size gpu --seeds 0", None),
 }  # fmt: skip
 
 
@@ -48,7 +53,7 @@ def steps_of(device, dtype, precision="float32", compiled=False):
     """The weights and statistics, one float64 vector, after three steps of a small MoCo on given images."""
     torch.manual_seed(0)
     encoder = build_encoder("resnet10", dim=16, bn_batch=4).to(dtype)
-    images = torch.randn(3, 2, 16, 3, 64, 64, dtype=dtype)
+    images = torch.randn(3, 2, 16, 3, 64, 64).to(dtype)  # in float64 it would draw others
     encoder = encoder.to(device, memory_format=torch.channels_last)
     key_encoder, queue = copy.deepcopy(encoder).requires_grad_(False), KeyQueue(64, 16).to(device, dtype)
     optimizer = torch.optim.SGD(encoder.parameters(), 0.1, momentum=0.9, fused=device.type == "cuda" or None)
@@ -81,6 +86,33 @@ def compare_steps():
     sys.exit("float64 on the device is not float64 on the CPU" if wrong else 0)
 
 
+def train_resumed(output, *flags):
+    """Train on the built-in data, killed on the way, and print how far the steps that are then taken again differ."""
+    command = [sys.executable, "train_moco.py", "--data", "shapes", "--epochs", "1", "--log-every", "1"]
+    command += ["--checkpoint-every", "10", "--knn-every", "1", "--output", output, *flags]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while run.poll() is None and len(unsaved_losses(output)) < 2:
+        time.sleep(0.02)
+    if run.poll() is not None:
+        sys.exit("training ended before it could be killed")
+    run.kill()
+    run.wait()
+    before = unsaved_losses(output)
+    subprocess.run([*command, "--resume"], cwd=ROOT, check=True)
+    after = {line["step"]: line.get("loss") for line in read_metrics(output / "metrics.jsonl")}
+    off = max(abs(after[step] - loss) for step, loss in before.items())
+    print(f"steps {min(before)} to {max(before)} were taken twice: their losses differ by {off:.2g} at most")
+
+
+def unsaved_losses(output):
+    """{step: loss} of what a run has logged since its last checkpoint; nothing where that is the one at its start."""
+    last = max(
+        (int(path.name.removeprefix("step_")) for path in complete_checkpoints(output / "checkpoints")), default=0
+    )
+    lines = read_metrics(output / "metrics.jsonl") if last else []
+    return {line["step"]: line["loss"] for line in lines if line["step"] > last}
+
+
 def where():
     """The device, its driver and the commit, for the head of the report."""
     made = provenance(1)
@@ -108,9 +140,12 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/gpu.md"), help="report, continued [%(default)s]")
     parser.add_argument("--tiny", action="store_true", help="small, for a CPU")
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--resumed", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps:
         return compare_steps()
+    if args.resumed:
+        return train_resumed(args.resumed, *(TINY_RUN.split() if args.tiny else ()))
     deadline = time.monotonic() + 60 * args.minutes
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if not args.output.exists():

@@ -14,10 +14,11 @@ take turns in one process; medians are printed, and ratios to plain. Linux only,
 import argparse
 import copy
 import itertools
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -198,10 +199,21 @@ def variants(arch, size, batch, queue_size, groups, compile):
     return found
 
 
-def peak_memory(name):
-    """MB at most during two steps of a variant, in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def as_in_training():
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64  # variants have several shapes
+
+
+def in_a_process(function, *args):
+    """What a function returns in a process of its own. On a CPU it is a fork, which starts at once; CUDA forbids it."""
+    context = multiprocessing.get_context("spawn" if DEVICE.type == "cuda" else "fork")
+    with ProcessPoolExecutor(1, context, as_in_training) as pool:
+        return pool.submit(function, *args).result()
+
+
+def peak_memory(build):
+    """MB of the step that build() gives."""
+    return measured_memory(build())
 
 
 def measured_memory(step):
@@ -289,21 +301,17 @@ def main():
     parser.add_argument("--compile", action="store_true", help="ours also with torch.compile, which takes minutes")
     parser.add_argument("--queue-size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.backends.cudnn.benchmark = True  # as in training
-    torch._dynamo.config.recompile_limit = 64
+    as_in_training()
     moco = (args.arch, args.size, args.batch, args.queue_size)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return compare_processes(*moco, args.bn_batch[0], args.rounds)
     builders = variants(*moco, args.bn_batch, args.compile)
-    if args.memory_of:
-        return print(measured_memory(builders[args.memory_of]()))
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     print(
         f"{args.arch}, {args.size} pixels, batch {args.batch}, K {args.queue_size}, {where}, torch {torch.__version__}"
     )
-    memory = {name: peak_memory(name) for name in builders}  # first, while this process holds none
+    memory = {name: in_a_process(peak_memory, build) for name, build in builders.items()}  # first: this holds none
     times = take_turns({name: build() for name, build in builders.items()}, args.rounds)
     plain = times["plain, float32"]
     for name, took in times.items():

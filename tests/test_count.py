@@ -12,7 +12,7 @@ from test_run import Images
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.count import augmentation, counted, half_a_step
+from benchmarks.count import a_step, augmentation, counted
 from moco.data.order import Order
 from moco.run.run import Run
 
@@ -35,7 +35,7 @@ def test_the_augmentation_neither_waits_nor_blocks(fake, recipe):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["moco", "simclr"])
 def test_a_step_neither_waits_nor_blocks(fake, method):
-    counts = counted(half_a_step(method, "resnet10", 32, 16, 8 if method == "moco" else None, queue_size=64)).counts
+    counts = counted(a_step(method, "resnet10", 32, 16, 8 if method == "moco" else None, queue_size=64)).counts
     assert counts["copies that block"] == counts["waits"] == counts["copies to the host"] == 0
     assert counts["kernels"] > 50
 

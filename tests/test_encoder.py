@@ -156,18 +156,25 @@ def test_without_timm_its_models_are_refused_in_one_line(monkeypatch):
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("images", [32, 30])  # whole groups, and a smaller one at the end
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_groups_in_one_pass_equal_a_pass_for_each_to_the_bit(dtype, images, layout):
+def test_groups_in_one_pass_equal_a_pass_for_each_to_the_bit(monkeypatch, dtype, images, layout):
+    """Also as a GPU does it in bfloat16, which adds the parameters' gradients in another order."""
     torch.manual_seed(0)
     x = (torch.randn(images, 6, 5, 7) * 3 + 1).to(dtype).contiguous(memory_format=layout)
     gradient, found = torch.randn(x.shape).to(dtype).contiguous(memory_format=layout), []
-    for grouped in (False, True):
-        norm = GroupedBatchNorm2d(6, 4) if grouped else nn.BatchNorm2d(6)
+    for form in ("loop", "module", "module of a GPU"):
+        norm = nn.BatchNorm2d(6) if form == "loop" else GroupedBatchNorm2d(6, 4)
         norm.to(dtype if dtype == torch.float64 else torch.float32)
         inputs = x.clone().requires_grad_()
-        output = norm(inputs) if grouped else torch.cat([norm(rows) for rows in inputs.split(4)])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "is_cuda", form == "module of a GPU")
+            output = torch.cat([norm(rows) for rows in inputs.split(4)]) if form == "loop" else norm(inputs)
         output.backward(gradient)
-        found.append([output, inputs.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
-    assert all(one.equal(other) and one.stride() == other.stride() for one, other in zip(*found, strict=True))
+        found.append(([p.grad for p in norm.parameters()], [output, inputs.grad, *norm.buffers()]))
+    (gradients, expected), (of_module, module), (of_gpu, gpu) = found
+    torch.testing.assert_close(of_module, gradients, rtol=0, atol=0)
+    torch.testing.assert_close(of_gpu, gradients)
+    for other in (module, gpu):
+        assert all(a.equal(b) and a.stride() == b.stride() for a, b in zip(expected, other, strict=True))
 
 
 def test_groups_are_normalised_at_once_where_a_compiler_can_fuse_them():

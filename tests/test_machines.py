@@ -13,7 +13,7 @@ from contextlib import suppress
 import datasets
 import psutil
 import pytest
-from conftest import HANG, ROOT, assert_same_run, start_script, wait_for_step, write_parquet
+from conftest import HANG, ROOT, assert_same_run, run_script, start_script, wait_for_step, write_three_files
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,9 @@ RUN += "--batch-size 16 --bn-batch 8 --workers 1 --shuffle-window 20 --checkpoin
 
 @pytest.fixture(scope="session")
 def parquet(tmp_path_factory):
-    """Three files of 25 images in row groups of 10, 10 and 5: four steps an epoch."""
+    """Three files of 25 images: four steps an epoch."""
     root = tmp_path_factory.mktemp("parquet")
-    for file in range(3):
-        write_parquet(root / f"train-{file}-of-3.parquet", "train", range(25 * file, 25 * file + 25), rows=10)
+    write_three_files(root)
     return root
 
 
@@ -60,7 +59,20 @@ def finish(*processes):
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def test_two_processes_killed_in_mid_epoch_and_resumed_are_the_uninterrupted_run(parquet, tmp_path):
+@pytest.fixture(scope="session")
+def uninterrupted(parquet, tmp_path_factory):
+    """What the runs of this file over `parquet` are compared with."""
+    return one_machine(parquet, tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+def one_machine(data, output):
+    """A run of two processes on one machine; returns its folder."""
+    done = run_script("train_moco.py", "--data", data, "--output", output, *RUN, processes=2)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_two_processes_killed_in_mid_epoch_and_resumed_are_the_uninterrupted_run(parquet, uninterrupted, tmp_path):
     output = tmp_path / "run"
     for step, resume in ((5, []), (10, ["--resume"])):
         process = start(TORCHRUN, parquet, output, *resume)
@@ -69,12 +81,11 @@ def test_two_processes_killed_in_mid_epoch_and_resumed_are_the_uninterrupted_run
         finally:
             kill(process)
     finish(start(TORCHRUN, parquet, output, "--resume"))
-    finish(start(TORCHRUN, parquet, tmp_path / "uninterrupted"))
-    assert_same_run(output, tmp_path / "uninterrupted")
+    assert_same_run(output, uninterrupted)
 
 
 @pytest.mark.parametrize("launcher, streamed", [("accelerate", True), ("torchrun", False)])
-def test_two_machines_of_one_process_are_one_machine_of_two(parquet, tmp_path, launcher, streamed):
+def test_two_machines_of_one_process_are_one_machine_of_two(parquet, uninterrupted, tmp_path, launcher, streamed):
     """The README's launch lines, streamed and not: one folder for the run, a cache of data for each machine."""
     data = parquet if streamed else tmp_path / "saved"
     if not streamed:
@@ -92,8 +103,8 @@ def test_two_machines_of_one_process_are_one_machine_of_two(parquet, tmp_path, l
             command += ["--master_addr", "127.0.0.1", "--master_port", port]
         machines.append(start(command, data, tmp_path / "two", HF_HOME=str(tmp_path / f"cache{rank}")))
     finish(*machines)
-    finish(start(TORCHRUN, data, tmp_path / "one"))
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    expected = uninterrupted if streamed else one_machine(data, tmp_path / "one")  # other data, another order
+    assert_same_run(tmp_path / "two", expected)
 
 
 SRUN = """#!/bin/bash
@@ -106,7 +117,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
 """
 
 
-def test_the_slurm_script_trains_on_two_nodes_and_resumes(parquet, tmp_path):
+def test_the_slurm_script_trains_on_two_nodes_and_resumes(parquet, uninterrupted, tmp_path):
     """The script of the docs, with stand-ins for SLURM's commands and the flags of a small run."""
     script = re.search(r"```sh\n(#!/bin/bash.*?)```", (ROOT / "docs/reproducibility.md").read_text(), re.DOTALL)[1]
     small = " ".join(["--data", str(parquet), *RUN])
@@ -135,5 +146,4 @@ def test_the_slurm_script_trains_on_two_nodes_and_resumes(parquet, tmp_path):
         kill(process)
     finish(job())
     assert not (tmp_path / "requeued").exists()  # it is finished
-    finish(start(TORCHRUN, parquet, tmp_path / "one"))
-    assert_same_run(tmp_path / "run", tmp_path / "one")
+    assert_same_run(tmp_path / "run", uninterrupted)

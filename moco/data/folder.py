@@ -64,8 +64,8 @@ def print_found(name, classes, names, root):
     """One line of what a folder holds: images and their formats by split, and the folders that are the classes."""
     counts = []
     for split, found in classes.items():
-        suffixes = Counter(Path(path).suffix.lower() for paths in found.values() for path in paths)
-        formats = ", ".join(f"{count} {suffix[1:]}" for suffix, count in suffixes.most_common())
+        suffixes = Counter(path.rpartition(".")[2].lower() for paths in found.values() for path in paths)
+        formats = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
         counts.append(f"{split} {formats}" if split else formats)
     where = "" if root == os.path.abspath(name) else f" in {root}"
     if names:
