@@ -200,15 +200,17 @@ def test_a_checkpoint_is_due_when_the_last_is_long_ago(start, tmp_path, monkeypa
     assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == ["step_0", "step_5", "step_10"]
 
 
-def test_time_beside_the_steps_is_logged(start, tmp_path):
+def test_time_beside_the_steps_is_logged_and_cudnn_tries_its_kernels_in_steps_alone(start, tmp_path):
     run = start()
     for _ in run.steps():
+        assert torch.backends.cudnn.benchmark
         take_step(run)
         if run.due(5):
             line = run.averages()
             with run.paused_for("knn"):
-                torch.ones(1)
+                assert not torch.backends.cudnn.benchmark  # its batches have many sizes
             run.log(line)
+    assert not torch.backends.cudnn.benchmark
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert first["checkpoint_seconds"] > 0 and "knn_seconds" not in first and second["knn_seconds"] > 0
 
