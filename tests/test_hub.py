@@ -118,7 +118,7 @@ def test_wrong_answers_cost_a_resolve_each(hub, digests):
     hub.faults = [None, None, *(fault for fault in faults for fault in (None, fault))]
     found, read = two_processes(PATHS, 2)
     assert found == digests and not hub.faults and 0 < read["refused"] <= len(faults)  # some after another
-    assert len(hub.resolves()) <= FILES + len(faults)
+    assert read["resolves"] <= FILES + len(faults)  # of the Hub's own count some may be a client's second try
 
 
 def test_a_host_that_goes_on_refusing_is_asked_again_after_growing_waits(hub, monkeypatch):
