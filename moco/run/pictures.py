@@ -122,17 +122,15 @@ def save_neighbours(path, images, labels, asked, found):
     crops = torch.stack([center_crop(read_image(images, row)[0], SIDE) for row in rows])
     tiles = displayable(to_float(crops).permute(0, 2, 3, 1))
     tiles = dict(zip(rows, np.broadcast_to(tiles, (*tiles.shape[:3], 3))))
-    framed, inside, lines = np.zeros((SIDE, SIDE, 3)) + (1, 0, 0), (slice(3, -3),) * 2, []
+    lines, inside = [], (slice(3, -3),) * 2
     for i, query in enumerate(asked):
         line = [tiles[query]]
         for nearest in found.values():
             line.append(np.ones((SIDE, SIDE // 2, 3)))
             for row in nearest[i]:
-                tile = tiles[row]
-                if labels is not None and labels[row] != labels[query]:
-                    tile = framed.copy()
-                    tile[inside] = tiles[row][inside]
-                line.append(tile)
+                same = labels is None or bool(labels[row] == labels[query])
+                line.append(np.full((SIDE, SIDE, 3), (1, same, same), dtype=float))  # a white frame, or a red one
+                line[-1][inside] = tiles[row][inside]
         lines.append(np.pad(np.concatenate(line, axis=1), ((0, 4), (0, 0), (0, 0)), constant_values=1))
     picture = np.concatenate(lines)
     figure, ax = plt.subplots(figsize=(picture.shape[1] / 85, picture.shape[0] / 85), layout="constrained")
