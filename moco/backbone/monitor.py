@@ -44,7 +44,7 @@ def monitor(encoder, train_set, test_set, size, mean, std, workers, accelerator,
         if views is not None:
             aligned = asked.new_zeros(())
             if accelerator.is_main_process:  # alone, so that the images are those of any number of processes
-                aligned = alignment(*view_features(features, held_out, views))
+                aligned += alignment(*view_features(features, held_out, views))
             numbers["alignment"] = accelerator.reduce(aligned, "sum").item()
         if folder is not None and accelerator.is_main_process:
             draw_neighbours(folder, held_out, None if bank_set is None else labels, asked, step)
