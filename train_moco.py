@@ -222,7 +222,7 @@ def main():
             if args.knn_every and run.due(args.knn_every * steps_per_epoch):
                 line |= evaluation()
             run.log(line)
-        if is_main and run.due(max(1, args.epochs // 20) * steps_per_epoch):
+        if is_main and run.due(max(1, args.epochs // 10) * steps_per_epoch):
             with run.paused_for("picture"):
                 chance = math.log(logits_of_query)
                 levels = {"loss": (chance, f"chance, log({logits_of_query}) = {chance:.2f}")}

@@ -85,7 +85,7 @@ def test_the_walk_through_runs_as_written(tmp_path):
         pytest.skip("needs Debian's lomiri-wallpapers-16.04 and mate-backgrounds")
     source = tmp_path / "runs" / "v2-shapes" / "backbone"
     save_backbone(source, build_encoder("resnet10"), "resnet10", 32, "moco_v2", {"arch": "resnet10", "recipe": "v2"})
-    shorter = {"2000": "128", "500": "54", "20": "1", "30": "2", "USER/NAME": "user/name"}
+    shorter = {"2000": "320", "500": "54", "20": "1", "30": "2", "USER/NAME": "user/name"}
     done = {}
     with serving(tmp_path / "hub") as hub:
         for words in commands(ROOT / "docs" / "own-images.md"):
