@@ -330,13 +330,7 @@ def parse_args():
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add = parser.add_argument_group("run").add_argument
     flags.add_run_flags(add, checkpoint_every=1000, log_every=10, default="runs/RECIPE-DATA")
-    add(
-        "--knn-every",
-        type=at_least(0),
-        metavar="EPOCHS",
-        default=10,
-        help="between evaluations, 0 for none",
-    )
+    add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between evaluations, 0 for none")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too, if it is installed")
     parser.set_defaults(simclr=False, data_commit=None, init_from=None, **RECIPES["v2"])  # for --help to show
 
@@ -398,9 +392,7 @@ def print_settings(args, augment, model, train_set, test_set, optimizer, passes,
     filling = f"; lower for {-(-args.queue_size // args.batch_size)} steps, while the queue fills"
     labelled, split, every = has_labels(train_set), "test" if test_set else "training", args.knn_every
     no_labels = "; kNN off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
-    seen = (
-        f"{'kNN, ' if labelled else ''}rank, uniformity and alignment every {args.knn_every} epochs, of {split} images"
-    )
+    seen = f"{'kNN, ' * labelled}rank, uniformity and alignment every {every} epochs, of {split} images"
     print(
         f"recipe  {args.recipe}: {args.head} head, {augment} augmentation, temperature {args.temperature}",
         f"model   {args.arch}, {stem}{args.dim} dimensions" + ("" if args.simclr else moco),

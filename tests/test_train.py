@@ -130,8 +130,9 @@ def test_one_and_two_processes_take_the_same_steps(folder, uninterrupted, tmp_pa
     assert len(one) == len(two) == len(cut) == 9
     for line, *others in zip(one, two, cut):
         rare = {name: line.pop(name) for name in ("rank", "uniformity", "alignment") if name in line}
-        for other in others:  # features are float32, so these differ by rounding
-            assert {name: other.pop(name) for name in rare} == pytest.approx(rare, abs=1e-4)
+        for other in others:  # with BatchNorm's statistics after a step, which are estimates: see below
+            found = {name: other.pop(name) for name in rare}
+            assert found == pytest.approx(rare, rel=0.02 if line["step"] else 1e-5)
             assert line == pytest.approx(other, abs=1e-9)
     (tensors, _), (others, _) = final_state(tmp_path / "one"), final_state(tmp_path / "two")
     torch.testing.assert_close(tensors["queue"]["keys"], others["queue"]["keys"], rtol=0, atol=1e-9)
