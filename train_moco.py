@@ -23,8 +23,9 @@ from torch import nn
 
 from moco.augment import AUGMENTATIONS
 from moco.backbone import save_backbone
-from moco.backbone.features import knn_monitor
+from moco.backbone.monitor import monitor
 from moco.backbone.publish import push_backbone
+from moco.backbone.start import load_start, read_start, start_in_words
 from moco.contrast import KeyQueue, contrastive_logits, gather_with_gradient, nt_xent_logits
 from moco.data import shapes
 from moco.data.arrays import normalization
@@ -148,6 +149,7 @@ def main():
     accelerator = start_accelerator(args, log_with=args.tracker, project_dir=args.output)
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
+    start = read_start(args, accelerator)
     check_args(args, world, device.type)
 
     # ---- data
@@ -155,7 +157,6 @@ def main():
     args.data, args.data_commit = train_set.name or args.data, train_set.commit
     check_trainable(train_set, args.batch_size, args.data)
     test_set = monitor_test_set(train_set, test_set, args.data)  # without one the monitor holds training images out
-    with_knn = args.knn_every > 0 and has_labels(train_set)
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(train_set) // args.batch_size
     args.mean, args.std = normalization(train_set, args.mean, args.std)
@@ -163,7 +164,8 @@ def main():
     check_batches(args, views.check(train_set), order.share)
 
     # ---- encoders, queue and optimizer
-    query_encoder, key_encoder, queue, optimizer = build_encoders(args, train_set.channels, order.share, accelerator)
+    parts = build_encoders(args, start, train_set.channels, order.share, accelerator)
+    query_encoder, key_encoder, queue, optimizer = parts
     model = nn.ModuleDict({"query_encoder": accelerator.unwrap_model(query_encoder, keep_torch_compile=False)})
     model.update({} if args.simclr else {"key_encoder": key_encoder, "queue": queue})  # all that a run must keep
     given = args.micro_batch or (order.share if args.simclr else None)  # SimCLR needs the whole batch at once
@@ -181,15 +183,15 @@ def main():
     if args.tracker:
         accelerator.init_trackers("moco", config={name: str(value) for name, value in vars(args).items()})
 
-    def knn_accuracy():
+    def evaluation():
         with run.paused_for("knn"):
-            options = (args.image_size, args.mean, args.std, args.workers, accelerator)
-            accuracy, failed, images = knn_monitor(model["query_encoder"], train_set, test_set, *options)
+            options = (args.image_size, args.mean, args.std, args.workers, accelerator, views, args.output, run.done)
+            numbers, failed, images = monitor(model["query_encoder"], train_set, test_set, *options)
             run.check_decoded(failed, images)
-        return {"knn": accuracy}
+        return numbers
 
-    if with_knn and (run.unlogged or not args.resume):  # of the random backbone; or a signal stopped an evaluation
-        run.log((run.unlogged or {"step": 0, "epoch": 0}) | knn_accuracy())
+    if args.knn_every and (run.unlogged or not args.resume):  # before training; or a signal stopped an evaluation
+        run.log((run.unlogged or {"step": 0, "epoch": 0}) | evaluation())
 
     # ---- training
     batches = run.timed(views.batches(train_set, order, run.done))
@@ -217,10 +219,10 @@ def main():
                 save_views(args.output / "views.png", images, views.mean, views.std)
         if run.due(args.log_every) or run.due(steps_per_epoch):
             line = run.averages(lr=lr)
-            if with_knn and run.due(args.knn_every * steps_per_epoch):
-                line |= knn_accuracy()
+            if args.knn_every and run.due(args.knn_every * steps_per_epoch):
+                line |= evaluation()
             run.log(line)
-        if is_main and run.due(max(1, args.epochs // 20) * steps_per_epoch):
+        if is_main and run.due(max(1, args.epochs // 10) * steps_per_epoch):
             with run.paused_for("picture"):
                 chance = math.log(logits_of_query)
                 levels = {"loss": (chance, f"chance, log({logits_of_query}) = {chance:.2f}")}
@@ -232,15 +234,17 @@ def main():
     accelerator.end_training()
 
 
-def build_encoders(args, channels, share, accelerator):
+def build_encoders(args, start, channels, share, accelerator):
     """(query encoder, key encoder, queue, optimizer): equal on every process, because their seed and updates are.
 
-    channels: of an image. share: images of a process in a step. The query encoder and its optimizer are prepared by
-    Accelerate. SimCLR has neither a key encoder nor a queue; they are None.
+    start: weights of --init, or None. channels: of an image. share: images of a process in a step. The query encoder
+    and its optimizer are prepared by Accelerate. SimCLR has neither a key encoder nor a queue; they are None.
     """
     torch.manual_seed(args.seed)
     bn_batch = None if args.simclr else args.bn_batch  # simclr_step makes a pass of each group
     query_encoder = build_encoder(args.arch, args.dim, args.head, args.stem, bn_batch, args.image_size, channels)
+    if start is not None:
+        load_start(query_encoder, start, args)
     query_encoder.to(memory_format=torch.channels_last)
     for module in query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # each group of a step updates the running statistics in turn
@@ -281,7 +285,8 @@ def leave_results(args, augment, query_encoder, metrics, processes):
     save_backbone(args.output / "backbone", query_encoder, *made_for)
     print(f"backbone, views.png and curves.png are in {args.output}")
     if scores := [line["knn"] for line in read_metrics(metrics) if "knn" in line]:
-        print(f"kNN accuracy {scores[-1]:.1f} %\nof the random backbone at the start {scores[0]:.1f} %")
+        start = args.init_from["name"] if args.init_from else "the random backbone"
+        print(f"kNN accuracy {scores[-1]:.1f} %\nof {start} at the start {scores[0]:.1f} %")
     if args.push_to_hub:
         print(push_backbone(args.output, args.push_to_hub, license=args.license))
 
@@ -309,6 +314,8 @@ def parse_args():
     add("--stem", choices=("imagenet", "small"), default="imagenet", help="small: 3x3 convolution, no pooling")
     add("--dim", type=at_least(1), metavar="C", default=128, help="width of queries and keys")
     add("--queue-size", type=at_least(1), metavar="K", default=65536, help="keys to keep [%(default)s; simclr: none]")
+    add("--init", metavar="SOURCE", help="start from this backbone: what linear_probe.py's --backbone takes [random]")
+    add("--init-head", action="store_true", help="and from its projection head, which must fit --head and --dim")
     add("--encoder-momentum", type=below_one, metavar="M", default=0.999, help="of the key encoder")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), metavar="N", default=200, help="passes over the data")
@@ -323,13 +330,13 @@ def parse_args():
     add("--mixed-precision", choices=("no", "bf16", "fp16"), help="[as accelerate launch says]")
     add = parser.add_argument_group("run").add_argument
     flags.add_run_flags(add, checkpoint_every=1000, log_every=10, default="runs/RECIPE-DATA")
-    add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between kNN evaluations, 0 for none")
+    add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between evaluations, 0 for none")
     add("--tracker", choices=("tensorboard", "wandb"), help="log there too, if it is installed")
-    parser.set_defaults(simclr=False, data_commit=None, **RECIPES["v2"])  # for --help to show
+    parser.set_defaults(simclr=False, data_commit=None, init_from=None, **RECIPES["v2"])  # for --help to show
 
     early = flags.parse_early(parser)
     parser.set_defaults(**(SHAPES if early.data == "shapes" else {}))
-    parser.set_defaults(**RECIPES[early.recipe])
+    parser.set_defaults(**RECIPES[early.recipe], **({"arch": None, "stem": None} if early.init else {}))
     args = parser.parse_args()
     if args.output is None:
         args.output = Path("runs") / f"{args.recipe}-{Path(args.data).resolve().name}"
@@ -383,11 +390,13 @@ def print_settings(args, augment, model, train_set, test_set, optimizer, passes,
     norms = batchnorm_in_words(model["query_encoder"], args.bn_batch)
     moco = f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"
     filling = f"; lower for {-(-args.queue_size // args.batch_size)} steps, while the queue fills"
-    no_labels = "off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
-    knn = f"every {args.knn_every} epochs, of {'test' if test_set else 'training'} images held out"
+    labelled, split, every = has_labels(train_set), "test" if test_set else "training", args.knn_every
+    no_labels = "; kNN off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
+    seen = f"{'kNN, ' * labelled}rank, uniformity and alignment every {every} epochs, of {split} images"
     print(
         f"recipe  {args.recipe}: {args.head} head, {augment} augmentation, temperature {args.temperature}",
         f"model   {args.arch}, {stem}{args.dim} dimensions" + ("" if args.simclr else moco),
+        *([f"init    {start_in_words(args.init_from)}"] if args.init_from else []),
         f"data    {args.data}: {len(train_set)} images at {args.image_size} pixels, {steps} steps an epoch",
         f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {norms}"
         + memory,
@@ -396,7 +405,7 @@ def print_settings(args, augment, model, train_set, test_set, optimizer, passes,
         f"device  {device_in_words(args.workers)}",
         f"loss    chance is log({logits_of_query}) = {math.log(logits_of_query):.2f}"
         + ("" if args.simclr else filling),
-        "kNN     " + (knn if has_labels(train_set) else no_labels) if args.knn_every else "kNN     off",
+        "monitor " + (seen + (" held out" if labelled else no_labels) if every else "off"),
         f"output  {args.output}",
         sep="\n",
     )

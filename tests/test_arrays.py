@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moco.augment import AUGMENTATIONS, MEAN, STD
-from moco.backbone.features import knn_monitor
+from moco.backbone.monitor import monitor
 from moco.data.arrays import ArrayImages, ImageRows, normalization
 from moco.data.batches import center_crops, labelled_crops
 from moco.data.labels import count_classes, has_labels
@@ -108,11 +108,14 @@ class MyRows(ImageRows):
 
 
 @pytest.mark.parametrize("images", [MyRows(), ArrayImages(SIX, LABELS)], ids=["own rows", "six channels"])
-def test_features_and_knn_take_them(images):
+def test_features_and_the_monitor_take_them(images, tmp_path):
     mean, std = normalization(images)
     encoder, accelerator = build_encoder("resnet10", channels=images.channels), Accelerator(cpu=True)
-    accuracy, undecodable, looked_at = knn_monitor(encoder, images, None, 16, mean, std, 0, accelerator)
-    assert 0 <= accuracy <= 100 and not undecodable and looked_at == len(images)
+    views = FastViews(AUGMENTATIONS["no-colour"], 16, mean, std)
+    options = (16, mean, std, 0, accelerator, views, tmp_path)
+    numbers, undecodable, looked_at = monitor(encoder, images, None, *options)
+    assert 0 <= numbers["knn"] <= 100 and not undecodable and looked_at == len(images)
+    assert min(Image.open(tmp_path / "neighbours.png").size) > 100
     assert has_labels(images) and len(images.fingerprint()) == 16
 
 

@@ -2,15 +2,21 @@
 
 import json
 import pickle
+import sys
 
 import pytest
 import torch
 import torchvision
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from trajectory import reference_name
 
+import train_moco
 from moco.backbone import convert, load_backbone, save_backbone
 from moco.backbone.keys import to_detectron2
 from moco.backbone.load import read_backbone
+from moco.backbone.publish import prepare_folder
+from moco.backbone.start import load_start, read_start
 from moco.encoder import build_encoder
 from moco.errors import UserError
 from moco.run.checkpoint import save_checkpoint
@@ -46,6 +52,54 @@ def test_golden_checkpoints_of_the_reference_are_imported(golden):
             assert value.flatten()[: len(entry["first"])].tolist() == entry["first"]
         for key, renamed in description.get("detectron2_key_map", []):
             assert to_detectron2(key.removeprefix("module.encoder_q.")) == renamed
+
+
+def begun(monkeypatch, *flags):
+    """(query encoder, key encoder, flags) as train_moco.py begins with them."""
+    monkeypatch.setattr(sys, "argv", ["train_moco.py", "--image-size", "32", "--queue-size", "8", *map(str, flags)])
+    args, accelerator = train_moco.parse_args(), Accelerator(cpu=True)
+    start = read_start(args, accelerator)
+    return *train_moco.build_encoders(args, start, 3, args.batch_size, accelerator)[:2], args
+
+
+def test_both_encoders_start_from_a_golden_checkpoint_and_its_head_if_asked(golden, monkeypatch):
+    """BatchNorm's statistics, too. Without --init-head the head is the one of a run from nothing."""
+    name = next(iter(load_file(golden / "checkpoint" / "features.safetensors"))).split("|")[0]
+    weights = torch.load(golden / "checkpoint" / name, weights_only=True)["state_dict"]
+    prefix = "module.encoder_q."
+    official = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    recipe = ["--recipe", "v2" if "fc.2.weight" in official else "v1"]
+    *encoders, args = begun(monkeypatch, *recipe, "--init", golden / "checkpoint" / name, "--init-head")
+    for encoder in encoders:
+        state = {reference_name(key): value for key, value in encoder.state_dict().items()}
+        assert state.keys() == official.keys() and all(value.equal(official[key]) for key, value in state.items())
+    assert args.stem == "imagenet" and args.init_from["name"] == name and args.init_from["license"] is None
+    query, key, args = begun(monkeypatch, *recipe, "--init", golden / "checkpoint" / name)
+    assert_same_weights(load_backbone(golden / "checkpoint" / name)[0], query)
+    fresh, *_ = begun(monkeypatch, *recipe, "--arch", args.arch)
+    assert all(value.equal(query.head.state_dict()[key]) for key, value in fresh.head.state_dict().items())
+    assert all(value.equal(query.state_dict()[name]) for name, value in key.state_dict().items())
+
+
+def test_what_pretraining_starts_from_names_stem_statistics_and_license(tmp_path, monkeypatch):
+    encoder = build_encoder("resnet10", stem="small")
+    settings = {"recipe": "v2", "arch": "resnet10"}
+    save_backbone(tmp_path / "run" / "backbone", encoder, "resnet10", 32, "m", settings, (0.5,) * 3, (0.2,) * 3)
+    prepare_folder(tmp_path / "run", "user/name", "mit")
+    query, _, args = begun(monkeypatch, "--init", tmp_path / "run")
+    assert_same_weights(query.backbone, encoder)
+    assert (args.arch, args.stem, args.mean) == ("resnet10", "small", [0.5] * 3)
+    assert args.init_from["license"] == "mit" and not args.init_from["on_hub"]
+    for on_hub in (False, True):
+        settings = vars(args) | {"init_from": args.init_from | {"on_hub": on_hub}}
+        save_backbone(tmp_path / "next", query, args.arch, 32, "m", settings, args.mean, args.std)
+        prepare_folder(tmp_path / "next", "user/next")
+        card = (tmp_path / "next" / "README.md").read_text()
+        assert "Pre-trained without labels, from run (license mit; " in card and str(tmp_path) not in card
+        assert ("base_model: run\n" in card) == on_hub
+    start = {f"backbone.{key}": value for key, value in encoder.backbone.state_dict().items()}
+    with pytest.raises(UserError, match="conv1.weight is 64x3x3x3, not 64x6x3x3"):
+        load_start(build_encoder("resnet10", stem="small", channels=6), start, args)
 
 
 def test_names_of_detectron2():

@@ -215,6 +215,20 @@ def test_an_output_without_a_name_or_in_the_data(refuse, folder, tmp_path):
         assert str(output) in line and "a run's pictures would become data" in line
 
 
+def test_weights_to_start_from_that_do_not_fit(refuse, folder, finished_run, golden):
+    official = golden / "checkpoint" / "fake_official_resnet18_v1.pth.tar"
+    for flags, words in (
+        (["--init", "nowhere.pth"], "nowhere.pth neither a folder or file here"),
+        (["--init", official], "--arch resnet10"),
+        (["--init", official, "--arch", "resnet18", "--stem", "small"], "--stem small not that of --init imagenet"),
+        (["--init", finished_run, "--init-head", "--head", "fc"], "--head fc --dim 16 unexpected head.0.weight"),
+        (["--init", finished_run / "backbone", "--init-head"], "--init-head has no head"),
+        (["--init-head"], "--init SOURCE is missing"),
+    ):
+        line = refuse("--data", folder, *flags)
+        assert all(word in line for word in words.split()), line
+
+
 def test_two_runs_in_one_folder(refuse, folder, tmp_path):
     """The lock goes with the process that holds it, however it ends."""
     (tmp_path / "run").mkdir()

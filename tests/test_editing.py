@@ -86,7 +86,7 @@ def test_an_edit_applies_trains_resumes_exactly_and_can_be_published(title, tmp_
 
 def test_the_loop_of_the_page_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1].replace("Accelerator(), 20", "Accelerator(), 2")
-    done = run_script("-c", code.replace("knn_monitor(query_encoder", "(0.0,) or (query_encoder"))
+    done = run_script("-c", code.replace("monitor(query_encoder", "({'knn': 0.0, 'rank': 1.0},) or (query_encoder"))
     assert done.returncode == 0 and "loss " in done.stdout, done.stderr
 
 

@@ -1,22 +1,29 @@
-"""kNN against the golden scores and a slow loop. pytest tests/test_knn.py"""
+"""The monitor: kNN against golden scores and a slow loop, and the numbers without labels. pytest tests/test_knn.py"""
 
+import itertools
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 
-from moco.augment import MEAN, STD, normalize, to_float
+from moco.augment import AUGMENTATIONS, MEAN, STD, normalize, to_float
 from moco.backbone import load_backbone
-from moco.backbone.features import Features, knn_monitor
+from moco.backbone.features import Features
+from moco.backbone.monitor import monitor
 from moco.data.batches import center_crop
 from moco.data.decode import decode_image
 from moco.data.load import IndexedImages, load_splits
+from moco.data.order import Order
 from moco.data.shapes import CLASSES
+from moco.data.views import FastViews
 from moco.encoder import build_encoder
 from moco.knn import default_k, knn_evaluate, knn_predict
+from moco.spread import alignment, close_pairs, rankme, uniformity
 
 
 def test_golden_knn_scores_and_top1(golden):
@@ -86,10 +93,53 @@ def test_the_monitor_holds_training_images_out_where_there_is_no_test_set():
     train_set, _ = load_splits("shapes")
     few = IndexedImages(train_set.dataset.select(range(100)))
     encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
-    accuracy, undecodable, images = knn_monitor(encoder, few, None, 32, MEAN, STD, 0, accelerator)
+    numbers, undecodable, images = monitor(encoder, few, None, 32, MEAN, STD, 0, accelerator)
     assert images == 100 and not undecodable
     assert encoder.training and isinstance(encoder.head, torch.nn.Sequential)  # as it was
     sample = few.sample(100)
     features, labels, _ = Features(encoder.backbone.eval(), 32, MEAN, STD, 0, accelerator).all(few, sample)
     predicted = knn_predict(features[:20], features[20:], labels[20:], len(CLASSES), k=default_k(80)).argmax(dim=1)
-    assert accuracy == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())
+    assert numbers["knn"] == pytest.approx(100 * (predicted == labels[:20]).float().mean().item())
+    assert numbers["rank"] == pytest.approx(rankme(features[:20]), rel=1e-4)
+
+
+# ---- without labels
+
+
+def test_rank_alignment_and_uniformity_equal_the_loops_of_their_definitions(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(7, 5, generator=generator, dtype=torch.double) for _ in range(2))
+    roots = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+    p = [root.item() / roots.sum().item() + 1e-7 for root in roots]
+    assert rankme(x) == pytest.approx(math.exp(-sum(each * math.log(each) for each in p)), rel=1e-6)
+    assert rankme(torch.eye(6)) == pytest.approx(6, rel=1e-4) and rankme(torch.ones(6, 3)) == pytest.approx(1, rel=1e-4)
+
+    def distance(a, b):
+        return math.dist((a / a.norm()).tolist(), (b / b.norm()).tolist()) ** 2
+
+    assert alignment(x, y).item() == pytest.approx(sum(map(distance, x, y)) / 7)
+    pairs = list(itertools.combinations(range(7), 2))
+    monkeypatch.setattr("moco.spread.TILE", 3)
+    assert uniformity(x) == pytest.approx(math.log(sum(math.exp(-2 * distance(x[i], x[j])) for i, j in pairs) / 21))
+    cosines = {(i, j): torch.cosine_similarity(x[i], x[j], dim=0).item() for i, j in pairs}
+    found = [torch.stack(each, dim=1).tolist() for each in close_pairs(x, 0.1)]
+    found = {(int(i), int(j)): cosine for i, j, cosine in itertools.chain(*found)}
+    assert found == pytest.approx({pair: cosine for pair, cosine in cosines.items() if cosine > 0.1}) and len(found) > 3
+
+
+def test_the_monitor_aligns_the_views_of_trainings_first_step(tmp_path):
+    """The same at each call; of neighbours those of the start stay beside those of now."""
+    images = load_splits("shapes")[0].select_rows(range(40)).without_labels()
+    encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
+    views, options = FastViews(AUGMENTATIONS["v2"], 32, MEAN, STD), (32, MEAN, STD, 0, accelerator)
+    numbers, _, looked_at = monitor(encoder, images, None, *options, views, tmp_path)
+    assert looked_at == 40 and numbers.keys() == {"rank", "uniformity", "alignment"}
+    assert numbers == monitor(encoder, images, None, *options, views)[0]
+    order, sample = Order(40, 0), images.select_rows(images.sample(40))
+    pair = views.on_device(next(views.batches(sample, order, 0))[0], order, 0, "cpu")
+    backbone = encoder.backbone.eval()
+    assert numbers["alignment"] == pytest.approx(alignment(*(backbone(view) for view in pair)).item(), rel=1e-4)
+    width, start = Image.open(tmp_path / "neighbours.png").width, (tmp_path / "neighbours.json").read_text()
+    monitor(build_encoder("resnet10"), images, None, *options, views, tmp_path, 7)
+    assert Image.open(tmp_path / "neighbours.png").width > 1.5 * width
+    assert (tmp_path / "neighbours.json").read_text() == start

@@ -312,11 +312,15 @@ def test_labels_are_counted_with_those_that_are_missing(tmp_path):
 
 def test_features_are_written_beside_labels_of_any_kind(tmp_path):
     labels = ["Bär", None, "Ara", "Bär"]
-    part = datasets.Dataset.from_dict({"image": IMAGES[:4], "label": labels}).cast_column("image", datasets.Image())
+    images = [*IMAGES[:3], IMAGES[0]]
+    part = datasets.Dataset.from_dict({"image": images, "label": labels}).cast_column("image", datasets.Image())
     part.save_to_disk(tmp_path / "saved")
     part.to_parquet(tmp_path / "parquet" / "train.parquet")
     for kind in ("saved", "parquet"):
-        embed(*load_backbone("random", "resnet10"), str(tmp_path / kind), tmp_path / f"{kind}.parquet", workers=0)
+        target = tmp_path / f"{kind}.parquet"
+        embed(*load_backbone("random", "resnet10"), str(tmp_path / kind), target, workers=1, duplicates=0.9999)
+        lines = (tmp_path / f"{kind}.csv").read_text().splitlines()
+        assert lines == ["file,duplicate,cosine", "row 0,row 3,1.0000"]
     found = [pq.read_table(tmp_path / f"{kind}.parquet").to_pydict() for kind in ("saved", "parquet")]
     assert found[0] == found[1] and found[0]["label"] == labels and len(found[0]["feature"]) == 4
 

@@ -4,14 +4,19 @@ import importlib
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT
+from conftest import ROOT, run_script
+from hub import TOKEN, serving
 
+from moco.backbone import save_backbone
+from moco.encoder import build_encoder
 from moco.errors import UserError
+from moco.run.checkpoint import read_metrics
 
 PAGES = [ROOT / "README.md", ROOT / "EXPERIMENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -71,6 +76,32 @@ def test_a_command_of_the_pages_parses(words, monkeypatch):
         assert rest[:2] in (["auth", "login"], ["download", "ILSVRC/imagenet-1k"])
     else:
         assert program == "git" or (program == "pytest" and rest in ([], ["-m", "slow"]))
+
+
+@pytest.mark.slow
+def test_the_walk_through_runs_as_written(tmp_path):
+    """docs/own-images.md with fewer images and epochs, from a random backbone, to a server in the Hub's place."""
+    if not Path("/usr/share/backgrounds/mate").is_dir():
+        pytest.skip("needs Debian's lomiri-wallpapers-16.04 and mate-backgrounds")
+    source = tmp_path / "runs" / "v2-shapes" / "backbone"
+    save_backbone(source, build_encoder("resnet10"), "resnet10", 32, "moco_v2", {"arch": "resnet10", "recipe": "v2"})
+    shorter = {"2000": "320", "500": "54", "20": "1", "30": "2", "USER/NAME": "user/name"}
+    done = {}
+    with serving(tmp_path / "hub") as hub:
+        for words in commands(ROOT / "docs" / "own-images.md"):
+            words = [re.sub("^(runs/|features|photos)", f"{tmp_path}/\\1", shorter.get(word, word)) for word in words]
+            words = words[2 if words[0] == "accelerate" else 1 :]
+            if words[0] == "train_moco.py":
+                words += ["--output", f"{tmp_path}/runs/v2-photos"]
+            there = hub.environment | {"HF_TOKEN": TOKEN} if "push" in words else {}
+            done[words[2 if words[0] == "-m" else 0]] = result = run_script(*words, **there)
+            assert result.returncode == 0, result.stderr
+        card = hub.files("models", "user/name")["README.md"].read_text()
+    assert done.keys() == {"benchmarks/wallpapers.py", "embed", "train_moco.py", "linear_probe.py", "push"}
+    assert "from v2-shapes (license unknown; " in card and "| kNN, k " in card
+    assert "pairs above a cosine of" in done["embed"].stdout
+    lines = read_metrics(tmp_path / "runs" / "v2-photos" / "metrics.jsonl")
+    assert {"knn", "rank", "uniformity", "alignment"} <= lines[0].keys() & lines[-1].keys()
 
 
 def test_the_readme_has_commands_for_every_script():

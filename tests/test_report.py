@@ -12,10 +12,11 @@ from moco.run.pictures import save_neighbours
 
 
 def test_neighbours_of_another_class_alone_are_framed(tmp_path):
-    gray = np.full((16, 16, 3), 128, np.uint8)
+    images = [{"image": np.full((16, 20, 3), 128, np.uint8)}] * 5
 
     def red_pixels(*right):
-        save_neighbours(tmp_path / "n.png", [gray, gray], [[(gray, good) for good in right]] * 2)
+        labels = [0, 0, *(not good for good in right)]
+        save_neighbours(tmp_path / "n.png", images, labels, [0, 1], {"nearest": [[2, 3, 4]] * 2})
         pixels = np.asarray(Image.open(tmp_path / "n.png").convert("RGB")).astype(int)
         return int(((pixels[..., 0] > 200) & (pixels[..., 1:] < 60).all(axis=2)).sum())
 

@@ -38,7 +38,7 @@ from moco.data.order import Order
 from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.data.views import FastViews
 from moco.encoder import build_encoder
-from moco.run.checkpoint import read_metrics
+from moco.run.checkpoint import load_checkpoint, read_metrics
 from moco.shuffle import shuffle_order
 
 SPENT = ("data", "checkpoint", "knn", "picture")
@@ -109,15 +109,31 @@ def test_first_steps_are_algorithm_1_written_plainly(folder, tmp_path, double):
     assert len(logged) == 4
 
 
-def test_one_and_two_processes_take_the_same_steps(folder, tmp_path):
-    """Same images in the same steps, so the same losses, kNN accuracies, queue and key encoder, for 8 steps."""
-    flags = ["--batch-size", 32, "--bn-batch", 16, "--micro-batch", 16, "--epochs", 4, "--knn-every", 2, "--workers"]
-    train(folder, tmp_path / "one", *flags, 0, script=DOUBLE)
+def test_one_and_two_processes_take_the_same_steps(folder, uninterrupted, tmp_path):
+    """Same images in the same steps, so the same losses, kNN accuracies, queue and key encoder, for 8 steps.
+
+    From the weights of another run, and one process goes on exactly where two were.
+    """
+    flags = ["--batch-size", 32, "--bn-batch", 16, "--micro-batch", 16, "--epochs", 4, "--knn-every", 2]
+    flags += ["--init", uninterrupted, "--init-head", "--checkpoint-every", 4, "--keep", 9, "--workers"]
+    done = train(folder, tmp_path / "one", *flags, 0, script=DOUBLE)
+    assert "init    run (license unknown; backbone " in done.stdout
+    begun = load_checkpoint(tmp_path / "one" / "checkpoints" / "step_0")[0]
+    given = final_state(uninterrupted)[0]["query_encoder"]
+    for name in ("query_encoder", "key_encoder"):
+        assert all(value.equal(begun[name][key].to(value.dtype)) for key, value in given.items())
     train(folder, tmp_path / "two", *flags, 1, script=DOUBLE, processes=2)
-    one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert len(one) == len(two) == 9
-    for line, other in zip(one, two):
-        assert line == pytest.approx(other, abs=1e-9)
+    shutil.copytree(tmp_path / "two", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_8")
+    train(folder, tmp_path / "cut", *flags, 0, "--resume", script=DOUBLE)
+    one, two, cut = (metrics_of(tmp_path / name) for name in ("one", "two", "cut"))
+    assert len(one) == len(two) == len(cut) == 9
+    for line, *others in zip(one, two, cut):
+        rare = {name: line.pop(name) for name in ("rank", "uniformity", "alignment") if name in line}
+        for other in others:  # with BatchNorm's statistics after a step, which are estimates: see below
+            found = {name: other.pop(name) for name in rare}
+            assert found == pytest.approx(rare, rel=0.02 if line["step"] else 1e-5)
+            assert line == pytest.approx(other, abs=1e-9)
     (tensors, _), (others, _) = final_state(tmp_path / "one"), final_state(tmp_path / "two")
     torch.testing.assert_close(tensors["queue"]["keys"], others["queue"]["keys"], rtol=0, atol=1e-9)
     assert tensors["queue"]["cursor"].equal(others["queue"]["cursor"])
@@ -316,14 +332,15 @@ def test_the_run_folder_holds_the_flags_the_log_and_the_pictures(uninterrupted):
     args = json.loads((uninterrupted / "args.json").read_text())
     assert args["recipe"] == "v2" and args["temperature"] == 0.2 and args["processes"] == 1
     assert args["versions"]["torch"] == torch.__version__.split("+")[0]
-    for name in ("views.png", "curves.png"):
+    for name in ("views.png", "curves.png", "neighbours.png"):
         assert min(Image.open(uninterrupted / name).size) > 300
     lines = read_metrics(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, *range(2, 21, 2)]
     assert {"step", "epoch", "loss", "accuracy", "lr", "undecodable"} == {key for key in lines[1] if not is_time(key)}
     times = {key for line in lines for key in line if is_time(key)}
     assert times == {"images_per_second", "data_share"} | {f"{what}_seconds" for what in SPENT}
-    assert [line["step"] for line in lines if "knn" in line] == [0, 8, 16, 20]
+    for name in ("knn", "rank", "uniformity", "alignment"):
+        assert [line["step"] for line in lines if name in line] == [0, 8, 16, 20]
 
 
 def test_odd_images_without_labels_train_and_are_counted(tmp_path):
@@ -335,9 +352,11 @@ def test_odd_images_without_labels_train_and_are_counted(tmp_path):
     (tmp_path / "flat" / "05.png").write_bytes(b"damaged")
     flags = ["--batch-size", 8, "--bn-batch", 4, "--queue-size", 100, "--epochs", 2, "--workers", 1, "--recipe", "v1"]
     done = train(tmp_path / "flat", tmp_path / "run", *flags)
-    assert "kNN     off: no column of labels" in done.stdout and "--label-column" in done.stdout
+    assert "of training images; kNN off: no column of labels" in done.stdout and "--label-column" in done.stdout
     assert done.stderr.count("cannot decode") == 1 and "05.png" in done.stderr
-    assert [line["undecodable"] for line in metrics_of(tmp_path / "run")][2::3] == [1, 1]  # at the end of each epoch
+    lines = metrics_of(tmp_path / "run")
+    assert [line["undecodable"] for line in lines[1:]][2::3] == [1, 1]  # at the end of each epoch
+    assert [line["step"] for line in lines if "rank" in line] == [0, 6] and "knn" not in lines[0]
 
 
 def test_more_than_five_percent_undecodable_is_an_error(tmp_path):

@@ -3,7 +3,7 @@
 python -m moco.backbone convert moco_v2_800ep_pretrain.pth.tar r50.safetensors --to torchvision
 python -m moco.backbone convert RUN r50_detectron2.pth --to detectron2
 python -m moco.backbone push RUN USER/NAME --private
-python -m moco.backbone embed RUN --data FOLDER features.parquet
+python -m moco.backbone embed RUN --data FOLDER features.parquet --duplicates 0.98
 """
 
 import argparse
@@ -14,6 +14,7 @@ from moco.backbone.convert import FORMATS
 from moco.backbone.embed import embed
 from moco.backbone.publish import push_backbone
 from moco.errors import one_line_errors
+from moco.run.flags import below_one
 
 
 def parse_args():
@@ -34,18 +35,24 @@ def parse_args():
     add("name", metavar="USER/NAME", help="the repository, created where it is not there")
     add("--private", action="store_true", help="create it for your eyes only")
     add("--license", metavar="NAME", help="of the weights, such as mit; the card names none without it")
-    add = commands.add_parser("embed", description="Write features of images to a parquet file, with a picture.")
-    add.add_argument("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
-    add.add_argument("--data", required=True, help="'shapes', a folder, or USER/NAME on the Hub")
-    add.add_argument("target", metavar="OUT", help="the .parquet file to write; OUT.png shows nearest neighbours")
+    add = commands.add_parser(
+        "embed", description="Write features of images to a parquet file, with a picture."
+    ).add_argument
+    add("source", metavar="SOURCE", help="what --backbone of linear_probe.py takes")
+    add("--data", required=True, help="'shapes', a folder, or USER/NAME on the Hub")
+    add("target", metavar="OUT", help="the .parquet file to write; OUT.png shows nearest neighbours")
+    add("--duplicates", type=below_one, metavar="T", help="also list pairs of images above this cosine in OUT.csv")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if args.command == "embed":
-        embed(*load_backbone(args.source), args.data, args.target)
-        print(f"features are in {args.target}, nearest neighbours in {Path(args.target).with_suffix('.png')}")
+        pairs = embed(*load_backbone(args.source), args.data, args.target, duplicates=args.duplicates)
+        target = Path(args.target)
+        print(f"features are in {target}, nearest neighbours in {target.with_suffix('.png')}")
+        if args.duplicates is not None:
+            print(f"{pairs} pairs above a cosine of {args.duplicates:g} are in {target.with_suffix('.csv')}")
     elif args.command == "convert":
         convert(args.source, args.target, args.to, args.arch, args.encoder)
         print(f"{args.source} is now {args.target}")

@@ -1,27 +1,44 @@
-"""Features of a folder or dataset as a parquet file, and a picture of nearest neighbours under them."""
+"""Features of a folder or dataset as a parquet file, with a picture of nearest neighbours and a list of duplicates."""
 
+import csv
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch.nn.functional as F
+import torch
 from accelerate import Accelerator
 
 from moco.augment import MEAN, STD
 from moco.backbone.features import Features
-from moco.data.decode import name_of, name_undecodable, read_image
+from moco.data.batches import Crops, center_crop_of
+from moco.data.decode import name_of, name_undecodable
 from moco.data.load import load_splits
 from moco.errors import UserError
-from moco.run.pictures import save_neighbours
+from moco.run.pictures import nearest_rows, save_neighbours
+from moco.spread import close_pairs
 
 
-def embed(backbone, known, data, target, workers=2):
+class NamedCrops(Crops):
+    """The crops of evaluations. In place of undecodable images alone there is (these, [(row, name, label), ...]).
+
+    An undecodable image keeps its own name and label. A label may be anything.
+    """
+
+    def __getitem__(self, item):
+        batch, labels, failed = super().__getitem__(item)
+        rows = [(row, self.dataset[row]) for _, row in item[0]]  # at hand: a file is not opened, a row group is kept
+        return batch, labels, [(failed, [(row, name_of(values, row), values.get("label")) for row, values in rows])]
+
+
+def embed(backbone, known, data, target, workers=2, duplicates=None):
     """Write the features of `data` under a backbone to the parquet file `target`, and a picture beside it.
 
     backbone, known: what `load_backbone` gave. data: what `load_splits` takes; of several splits the one to train on.
     Columns: "file" (a name or a row number), "label" if there are labels, whatever they are, and "feature", float32,
-    not normalised. The crops are those of evaluations, at the size that the backbone was trained at. Raises UserError
-    as these do.
+    not normalised. The crops are those of evaluations, at the size that the backbone was trained at.
+    duplicates: a cosine. The pairs of images above it are written to a .csv file beside `target`, as they are found.
+    Returns how many these are, 0 without. Raises UserError as what it calls does.
     """
     target = Path(target)
     if target.suffix != ".parquet" or target.exists():
@@ -29,28 +46,32 @@ def embed(backbone, known, data, target, workers=2):
     accelerator = Accelerator()
     backbone = backbone.eval().to(accelerator.device)
     images, _ = load_splits(data)
-    rows, has_label, size = range(len(images)), "label" in images.column_names, known.get("image_size", 224)
-    mean, std = known.get("mean", MEAN), known.get("std", STD)
-    features, _, failed = Features(backbone, size, mean, std, workers, accelerator).all(images.without_labels(), rows)
+    size, mean, std = known.get("image_size", 224), known.get("mean", MEAN), known.get("std", STD)
+    made = Features(backbone, size, mean, std, workers, accelerator)
+    features = torch.empty(len(images), made.width, device=accelerator.device)
+    crops = NamedCrops(images, partial(center_crop_of, size=size), labelled=False)
+    told = made.fill((features,), images, range(len(images)), crops)
+    failed = sum((failed for failed, _ in told), [])
     name_undecodable(failed, set(), accelerator, "the feature of its neighbour stands in its place")
-    columns = {name: [] for name in ("file", *(["label"] if has_label else []))}
-    for row in rows:  # once more, because an undecodable image keeps its own name and label
-        values = images[row]
-        columns["file"].append(name_of(values, row))
-        if has_label:
-            columns["label"].append(values["label"])
+    _, names, labels = zip(*sorted((each for _, rows in told for each in rows), key=lambda each: each[0]))
+    columns = {"file": names} | ({"label": labels} if "label" in images.column_names else {})
     columns["feature"] = pa.FixedSizeListArray.from_arrays(features.flatten().cpu().numpy(), features.shape[1])
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), target)
-    save_neighbours_of(images, F.normalize(features, dim=1), columns.get("label"), target.with_suffix(".png"))
+    asked, nearest = nearest_rows(features)
+    found = {"nearest neighbours": nearest}
+    save_neighbours(target.with_suffix(".png"), images, columns.get("label"), asked, found)
+    return 0 if duplicates is None else write_duplicates(target.with_suffix(".csv"), names, features, duplicates)
 
 
-def save_neighbours_of(images, features, labels, path, queries=8, count=6):
-    """Draw some images at equal distances with their nearest neighbours; those of another label have a red frame."""
-    asked = [i * len(images) // queries for i in range(min(queries, len(images)))]
-    nearest = (features[asked] @ features.T).topk(min(count + 1, len(images)), dim=1).indices[:, 1:].tolist()
-    found = [
-        [(read_image(images, i)[0], labels is None or bool(labels[i] == labels[query])) for i in row]
-        for query, row in zip(asked, nearest)
-    ]
-    save_neighbours(path, [read_image(images, query)[0] for query in asked], found)
+def write_duplicates(path, names, features, threshold):
+    """Write a line of CSV for each pair of images above a cosine of `threshold`; returns how many these are."""
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["file", "duplicate", "cosine"])
+        count = 0
+        for pairs in close_pairs(features, threshold):
+            found = [(names[i], names[j], f"{cosine:.4f}") for i, j, cosine in zip(*(each.tolist() for each in pairs))]
+            lines.writerows(found)
+            count += len(found)
+    return count

@@ -1,6 +1,5 @@
 """Features of images under a frozen backbone: for kNN during and after training, and to be cached."""
 
-import copy
 import shutil
 
 import numpy as np
@@ -14,12 +13,10 @@ from moco.data.batches import center_crops, loader, ordered_rows
 from moco.encoder import feature_width
 from moco.errors import UserError
 from moco.jsonfile import reading_json, write_json
-from moco.knn import default_k, knn_evaluate
 from moco.run.launch import stoppable
 
 FEATURE_BATCH = 256  # images in a forward pass without gradients
 CPU_PIXELS = 2**20  # in such a pass on a CPU, so that a signal is heard within seconds
-MONITOR_BANK, MONITOR_QUERIES = 50_000, 10_000  # images the monitor looks at, at most
 
 
 class Features:
@@ -34,22 +31,24 @@ class Features:
         self.backbone, self.size, self.workers, self.accelerator = backbone, size, workers, accelerator
         self.mean, self.std = mean, std
         self.width, self.device = feature_width(backbone, size, len(mean)), accelerator.device
+        fits = FEATURE_BATCH if self.device.type != "cpu" else max(1, CPU_PIXELS // size**2)
+        self.batch = min(FEATURE_BATCH, fits)  # images in a forward pass
 
     def share(self, dataset, rows):
         """(position of the first, rows) that this process reads of `rows`, a sequence of int."""
         return dataset.split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
 
     @torch.no_grad()
-    def batches(self, dataset, rows):
+    def batches(self, dataset, rows, crops=None):
         """Features of `rows`, this process's own, a batch at a time.
 
+        crops: a Crops of the dataset, None for those of evaluations.
         Yields the position in `rows` of a batch's first row (batches come in the order in which workers read them),
         features (n, width) float32, labels (n,) and the undecodable images.
         """
-        count = min(FEATURE_BATCH, max(1, CPU_PIXELS // self.size**2)) if self.device.type == "cpu" else FEATURE_BATCH
-        order = ordered_rows(dataset, rows, count, self.workers)
+        order = ordered_rows(dataset, rows, self.batch, self.workers)
         items = [([(0, row) for row in batch], groups) for _, batch, groups in order]
-        batches = loader(center_crops(dataset, self.size), items, self.workers)
+        batches = loader(crops or center_crops(dataset, self.size), items, self.workers)
         progress = tqdm(batches, "features", leave=False, disable=not self.accelerator.is_main_process)
         # Asked first, so that a process with fewer batches keeps in step with the others to the end.
         heard = stoppable(progress, self.accelerator)
@@ -60,21 +59,21 @@ class Features:
                     pooled = self.backbone(normalize(images, self.mean, self.std))
                 yield first, pooled.float(), labels.to(self.device), failed
 
-    def fill(self, out, dataset, rows):
+    def fill(self, out, dataset, rows, crops=None):
         """Write features and labels of `rows` over the first rows of two tensors or arrays; returns the undecodable."""
         undecodable = []
-        for first, features, labels, failed in self.batches(dataset, rows):
+        for first, features, labels, failed in self.batches(dataset, rows, crops):
             for whole, values in zip(out, (features, labels)):
                 whole[first : first + len(labels)] = values if torch.is_tensor(whole) else values.cpu().numpy()
             undecodable += failed
         return undecodable
 
-    def all(self, dataset, rows):
+    def all(self, dataset, rows, crops=None):
         """On every process features (len(rows), width) float32 and labels (len(rows),); and the undecodable."""
         first, mine = self.share(dataset, rows)
         features = torch.zeros(len(rows), self.width, device=self.device)
         labels = torch.zeros(len(rows), dtype=torch.long, device=self.device)
-        undecodable = self.fill((features[first:], labels[first:]), dataset, mine)
+        undecodable = self.fill((features[first:], labels[first:]), dataset, mine, crops)
         # Shares differ in length, and the rows of other processes are zero here, so a sum joins them.
         return self.accelerator.reduce(features, "sum"), self.accelerator.reduce(labels, "sum"), undecodable
 
@@ -129,28 +128,3 @@ class Features:
         if self.accelerator.is_main_process:
             write_json(done, made_of | {"undecodable": count})
         return undecodable, count
-
-
-def knn_monitor(encoder, train_set, test_set, size, mean, std, workers, accelerator):
-    """kNN accuracy in percent of test images or, without a test set, of training images held out of the bank.
-
-    encoder: its `.backbone` is copied, and the copy runs in eval mode. It looks at a fixed sample of at most
-    MONITOR_BANK and MONITOR_QUERIES images, which is enough to follow training; linear_probe.py evaluates in full.
-    Returns the accuracy, this process's undecodable images as (name, reason), and how many images were looked at.
-    """
-    backbone = copy.deepcopy(encoder.backbone).eval()
-    if test_set is None:
-        held_out = min(MONITOR_QUERIES, max(1, len(train_set) // 5))
-        sample = train_set.sample(MONITOR_BANK + held_out, held_out)
-        query_set, bank_set = train_set.select_rows(sample[:held_out]), train_set.select_rows(sample[held_out:])
-    else:
-        query_set = test_set.select_rows(test_set.sample(MONITOR_QUERIES))
-        bank_set = train_set.select_rows(train_set.sample(MONITOR_BANK))
-    queries, rows = range(len(query_set)), range(len(bank_set))
-    features = Features(backbone, size, mean, std, workers, accelerator)
-    bank, bank_labels, failed = features.bank(bank_set, rows)
-    asked, labels, failed_too = features.all(query_set, queries)
-    classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
-    k = default_k(len(rows))
-    scores = knn_evaluate(asked, labels, bank, bank_labels, classes, [k], 0.07, accelerator)
-    return scores[k]["top1"], failed + failed_too, len(rows) + len(queries)

@@ -112,6 +112,27 @@ def read_folder(folder, encoder):
     return parts or weights, known  # before an encoder had two parts it was a ResNet with the head as its `fc`
 
 
+def read_head(source, arch=None):
+    """{key: tensor} of the projection head of a run, or of what a file of weights has as the backbone's `fc`.
+
+    Of the query encoder; the keys are those of `Encoder.head`. arch: of the backbone. Raises UserError if the source
+    has no head, as a saved backbone has none.
+    """
+    path, encoder = Path(source), "query_encoder"
+    checkpoints = complete_checkpoints(path / "checkpoints")
+    if checkpoints:
+        weights, prefixes = load_checkpoint(checkpoints[-1])[0].get(encoder, {}), ("head.", "fc.")
+    elif path.is_file():
+        weights = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)[0]
+        prefixes = (f"{find_backbone(weights, source, arch=arch)[0]}fc.",)
+    else:
+        weights, prefixes = {}, ()
+    for prefix in prefixes:
+        if head := {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}:
+            return head
+    raise UserError(f"--init-head: {source} has no head beside its backbone, as runs and official checkpoints have")
+
+
 def read_safetensors(path):
     damage = (safetensors.SafetensorError, OSError)
     with explained(f"{path} is truncated or no safetensors file", "fetch it again", *damage):

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from safetensors.torch import load_file
 
 from moco.backbone.load import check_loads_back
+from moco.backbone.start import start_in_words
 from moco.encoder import TIMM
 from moco.errors import UserError, explained
 from moco.jsonfile import reading_json
@@ -112,18 +113,19 @@ def model_card(config, results, name, with_curves, license=None):
     settings, title = config["moco"], name.split("/")[-1]
     channels, _, size = config["pretrained_cfg"]["input_size"]
     small_stem = settings.get("stem") == "small"  # of which timm, and so transformers, knows nothing
-    recipe = settings.get("recipe")
+    recipe, start = settings.get("recipe"), settings.get("init_from")
     front = ModelCardData(
         library_name=None if small_stem else "timm",
         pipeline_tag="image-feature-extraction",
         tags=["image-feature-extraction", *([] if small_stem else ["timm", "transformers"]), "moco"],
         license=license,
+        base_model=start["name"] if start and start["on_hub"] else None,
         datasets=[settings["data"]] if settings.get("data_on_hub") else None,
         metrics=["accuracy"],
         model_name=title,
         eval_results=sum(map(evaluations, results), []) or None,
     )
-    shown = {key: value for key, value in settings.items() if key not in ("versions", "data_on_hub")}
+    shown = {key: value for key, value in settings.items() if key not in ("versions", "data_on_hub", "init_from")}
     shown |= settings.get("versions", {})
     origin = PAPERS.get(recipe.split("-")[0], f"recipe {recipe} of train_moco.py") if recipe else "imported"
     card = ModelCard.from_template(
@@ -135,6 +137,7 @@ def model_card(config, results, name, with_curves, license=None):
         architecture=config["architecture"],
         layers=(config.get("model_args") or {}).get("layers"),  # of resnet10, which torchvision has no name for
         origin=origin,
+        start=start and start_in_words(start),
         channels=channels,
         torchvision=not settings.get("arch", "").startswith(TIMM),
         size=f"{channels} channels and {size}" if channels != 3 else size,

@@ -14,6 +14,7 @@ from moco.jsonfile import write_json
 # Settings of a run that say nothing about its weights. They may hold local paths, which must not be published.
 NOT_PUBLISHED = {
     "output", "cache", "cache_gb", "resume", "keep", "checkpoint_every", "workers", "tracker", "push_to_hub", "license",
+    "init",
 }  # fmt: skip
 
 

@@ -77,9 +77,9 @@ def labelled_crops(dataset, size, seed):
     return Crops(dataset, partial(flipped_crop, size=size, seed=seed))
 
 
-def center_crops(dataset, size):
+def center_crops(dataset, size, labelled=True):
     """Fixed crops for evaluation: short side resized to size * 256 / 224, then the centre, as the papers test."""
-    return Crops(dataset, partial(center_crop_of, size=size))
+    return Crops(dataset, partial(center_crop_of, size=size), labelled=labelled)
 
 
 def flipped_crop(record, epoch, index, size, seed):

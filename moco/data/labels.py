@@ -22,10 +22,15 @@ def has_labels(dataset):
 
 
 def monitor_test_set(train_set, test_set, name):
-    """The test set if its labels mean what training's do; otherwise None, and if that is a surprise, why is printed."""
-    if test_set is None or not has_labels(test_set):
+    """The test set if its labels mean what training's do, or training has none; otherwise None.
+
+    If that is a surprise, why is printed.
+    """
+    if test_set is None or not has_labels(train_set):
+        return test_set
+    if not has_labels(test_set):
         return None
-    if has_labels(train_set) and class_names(train_set) != class_names(test_set):
+    if class_names(train_set) != class_names(test_set):
         if PartialState().is_main_process:
             print(
                 f"data    {name}: the test split does not name the classes that training names, in the same order, so"
