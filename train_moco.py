@@ -331,7 +331,7 @@ def parse_args():
     add = parser.add_argument_group("run").add_argument
     flags.add_run_flags(add, checkpoint_every=1000, log_every=10, default="runs/RECIPE-DATA")
     add("--knn-every", type=at_least(0), metavar="EPOCHS", default=10, help="between evaluations, 0 for none")
-    add("--tracker", choices=("tensorboard", "wandb"), help="log there too, if it is installed")
+    add("--tracker", choices=("tensorboard", "wandb"), metavar="NAME", help="log to tensorboard or wandb, too")
     parser.set_defaults(simclr=False, data_commit=None, init_from=None, **RECIPES["v2"])  # for --help to show
 
     early = flags.parse_early(parser)
