@@ -22,13 +22,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; another number 
 import datasets
 import pytest
 from accelerate.state import AcceleratorState
-from forks import fork_is_a_start, run_forked
+from forks import ROOT, fork_is_a_start, run_forked
 
 from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
 from moco.errors import one_line_errors
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
 
-ROOT = Path(__file__).parent.parent
 HANG = 1800  # seconds after which a process is taken to hang; no test passes or fails by it on a slow machine
 
 
@@ -47,7 +46,7 @@ def start_script(*command, processes=1, **environment):
     return subprocess.Popen(
         launcher + [str(part) for part in command],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # of whatever is started, and of the server, which starts with the first fork
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train_moco", "linear_probe", "detect_transfer"])
 READ_BY_IMPORTS = ("HF_", "OMP_", "PYTHON", "CUDA_")
@@ -33,7 +34,6 @@ def run_forked(command, processes, timeout, environment):
         with socket.create_server(("127.0.0.1", 0)) as free:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
-    os.environ["PYTHONPATH"] = str(ROOT)  # for the server, which starts with the first fork
     deadline = time.monotonic() + timeout
     with TemporaryDirectory() as folder:
         streams = [os.path.join(folder, name) for name in ("stdout", "stderr")]

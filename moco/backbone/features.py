@@ -31,8 +31,9 @@ class Features:
         self.backbone, self.size, self.workers, self.accelerator = backbone, size, workers, accelerator
         self.mean, self.std = mean, std
         self.width, self.device = feature_width(backbone, size, len(mean)), accelerator.device
-        fits = FEATURE_BATCH if self.device.type != "cpu" else max(1, CPU_PIXELS // size**2)
-        self.batch = min(FEATURE_BATCH, fits)  # images in a forward pass
+        self.batch = FEATURE_BATCH  # images in a forward pass
+        if self.device.type == "cpu":
+            self.batch = min(FEATURE_BATCH, max(1, CPU_PIXELS // size**2))
 
     def share(self, dataset, rows):
         """(position of the first, rows) that this process reads of `rows`, a sequence of int."""

@@ -70,7 +70,7 @@ def read_backbone(source, encoder="query", arch=None, image_size=None):
         weights, known = read_folder(path, encoder)
         encoder = "query"  # the one that was asked for has been read
     elif path.is_file():
-        weights, known = (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_torch_file(path)
+        weights, known = read_file(path)
     elif "_Weights." in str(source):
         check_single(source, encoder)
         weights, known = read_torchvision(str(source))
@@ -118,12 +118,12 @@ def read_head(source, arch=None):
     Of the query encoder; the keys are those of `Encoder.head`. arch: of the backbone. Raises UserError if the source
     has no head, as a saved backbone has none.
     """
-    path, encoder = Path(source), "query_encoder"
+    path = Path(source)
     checkpoints = complete_checkpoints(path / "checkpoints")
     if checkpoints:
-        weights, prefixes = load_checkpoint(checkpoints[-1])[0].get(encoder, {}), ("head.", "fc.")
+        weights, prefixes = load_checkpoint(checkpoints[-1])[0].get("query_encoder", {}), ("head.", "fc.")
     elif path.is_file():
-        weights = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_file(path)[0]
+        weights, _ = read_file(path)
         prefixes = (f"{find_backbone(weights, source, arch=arch)[0]}fc.",)
     else:
         weights, prefixes = {}, ()
@@ -131,6 +131,11 @@ def read_head(source, arch=None):
         if head := {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}:
             return head
     raise UserError(f"--init-head: {source} has no head beside its backbone, as runs and official checkpoints have")
+
+
+def read_file(path):
+    """({key: tensor}, what is known) of a file of weights, all encoders and heads that are in it."""
+    return (read_safetensors(path), {}) if path.suffix == ".safetensors" else read_torch_file(path)
 
 
 def read_safetensors(path):

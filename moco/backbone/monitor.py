@@ -10,6 +10,7 @@ from moco.data.labels import has_labels
 from moco.data.order import Order
 from moco.jsonfile import reading_json, write_json
 from moco.knn import default_k, knn_evaluate
+from moco.run.launch import largest_of_all
 from moco.run.pictures import nearest_rows, save_neighbours
 from moco.spread import alignment, rankme, uniformity
 
@@ -36,7 +37,7 @@ def monitor(encoder, train_set, test_set, size, mean, std, workers, accelerator,
     if bank_set is not None:
         bank, bank_labels, failed_too = features.bank(bank_set, range(len(bank_set)))
         failed, k = failed + failed_too, default_k(len(bank_set))
-        classes = int(accelerator.gather(torch.cat([labels, bank_labels]).max()[None]).max()) + 1
+        classes = largest_of_all(int(torch.cat([labels, bank_labels]).max()), accelerator) + 1
         scores = knn_evaluate(asked, labels, bank, bank_labels, classes, [k], 0.07, accelerator)
         numbers["knn"] = scores[k]["top1"]
     if len(asked) > 1 and asked.isfinite().all():
