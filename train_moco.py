@@ -18,7 +18,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded; keeps
 import torch
 import torch.nn.functional as F
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DynamoBackend
 from torch import nn
 
 from moco.augment import AUGMENTATIONS
@@ -38,7 +37,7 @@ from moco.errors import UserError, one_line_errors
 from moco.run import flags
 from moco.run.checkpoint import read_metrics
 from moco.run.flags import architecture, at_least, below_one, not_negative, positive, seed
-from moco.run.launch import device_in_words, optimizer_in_words, provenance, start_accelerator
+from moco.run.launch import compile_options, device_in_words, optimizer_in_words, provenance, start_accelerator
 from moco.run.memory import micro_batch
 from moco.run.pictures import save_curves, save_views
 from moco.run.run import Run
@@ -160,7 +159,8 @@ def main():
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(train_set) // args.batch_size
     args.mean, args.std = normalization(train_set, args.mean, args.std)
-    views = FastViews(AUGMENTATIONS[args.augment], args.image_size, args.mean, args.std)
+    recipe, compiled = AUGMENTATIONS[args.augment], compile_options(accelerator)
+    views = FastViews(recipe, args.image_size, args.mean, args.std, compiled)
     check_batches(args, views.check(train_set), order.share)
 
     # ---- encoders, queue and optimizer
@@ -261,9 +261,9 @@ def build_encoders(args, start, channels, share, accelerator):
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
     )
     query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)
-    dynamo = accelerator.state.dynamo_plugin  # accelerate launch --dynamo_backend compiles what is prepared
-    if dynamo.backend != DynamoBackend.NO and key_encoder is not None:
-        key_encoder.compile(**dynamo.to_kwargs())
+    compiled = compile_options(accelerator)  # Accelerate compiles what it prepares
+    if compiled is not None and key_encoder is not None:
+        key_encoder.compile(**compiled)
     return query_encoder, key_encoder, queue, optimizer
 
 

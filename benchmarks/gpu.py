@@ -14,14 +14,17 @@ import copy
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.step import DEVICE, alone, prepared
+from moco.augment import AUGMENTATIONS, MEAN, STD, augment, augment_in_chunks, sample_params
 from moco.contrast import KeyQueue
 from moco.encoder import build_encoder
+from moco.fused import augment_fused, compiled_view
 from moco.run.checkpoint import complete_checkpoints, read_metrics
 from moco.run.launch import provenance
 from moco.shuffle import shuffle_order
@@ -83,7 +86,21 @@ def compare_steps():
         off = steps_of(DEVICE, dtype, precision, compiled) - expected
         print(f"| {name} | {off.abs().max():.2g} | {off.norm() / expected.norm():.2g} |")
         wrong = wrong or (dtype == torch.float64 and off.abs().max() > 1e-9)
+    compare_views()
     sys.exit("float64 on the device is not float64 on the CPU" if wrong else 0)
+
+
+def compare_views():
+    """Print how far the views that the device's two ways make are from those of the CPU's."""
+    crops = list(torch.randint(0, 256, (2, 64, 64, 64, 3), dtype=torch.uint8))
+    params = sample_params(AUGMENTATIONS["v2"], 64, 0, 0)
+    expected = torch.stack(augment(crops, params, MEAN, STD))
+    compiled = partial(augment_fused, fill=compiled_view())
+    for name, fill in (("an operation at a time", augment_in_chunks), ("compiled", compiled)):
+        views = torch.empty(2, 64, 64, 64, 3, device=DEVICE)
+        fill(views, [crop.to(DEVICE, copy=True) for crop in crops], params, MEAN, STD)
+        off = (views.permute(0, 1, 4, 2, 3).cpu() - expected).abs().max()
+        print(f"\nviews, {name}: {off:.2g} at most from those of the CPU")
 
 
 def train_resumed(output, *flags):

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moco.augment import AUGMENTATIONS, MEAN, STD, augment, sample_params
 from moco.contrast import KeyQueue, contrastive_logits
 from moco.encoder import build_encoder, momentum_update
+from moco.fused import augment_fused, compiled_view
 from moco.schedule import LARS
 from moco.shuffle import shuffle_order
 from train_moco import moco_step, simclr_step
@@ -241,12 +242,17 @@ def reference_update(query_encoder, key_encoder):
         param_k.data = param_k.data * 0.999 + param_q.data * (1.0 - 0.999)
 
 
-def print_parts(size, batch, step_ms, rounds):
+def print_parts(size, batch, step_ms, rounds, compiled):
     """What is in a step, and the augmentation beside a step that takes step_ms."""
     crops = [torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
     params = sample_params(AUGMENTATIONS["v2"], batch, 0, 0)
-    took = take_turns({"augmentation": lambda: augment(crops, params, MEAN, STD)}, rounds)["augmentation"]
-    print(f"\naugmentation of both views {took:.1f} ms, {took / step_ms:.1%} of our fastest step")
+    calls = {"augmentation of both views": lambda: augment(crops, params, MEAN, STD)}
+    if compiled and DEVICE.type == "cuda":
+        on_gpu = partial(augment_fused, fill=compiled_view())
+        calls["the same, compiled"] = lambda: augment(crops, params, MEAN, STD, on_gpu)
+    print()
+    for name, took in take_turns(calls, rounds).items():
+        print(f"{name} {took:.1f} ms, {took / step_ms:.1%} of our fastest step")
     query_encoder, key_encoder = (build_encoder("resnet50").to(DEVICE) for _ in range(2))
     flat = torch.cat([p.detach().flatten() for p in query_encoder.parameters()])
     target = flat.clone()
@@ -319,7 +325,13 @@ def main():
             f"{name:42} {took:8.1f} ms, {1000 * args.batch / took:7.1f} images/s, x {plain / took:.2f},"
             f" peak memory {memory[name]:7.0f} MB"
         )
-    print_parts(args.size, args.batch, min(took for name, took in times.items() if name[:4] == "ours"), args.rounds)
+    print_parts(
+        args.size,
+        args.batch,
+        min(took for name, took in times.items() if name[:4] == "ours"),
+        args.rounds,
+        args.compile,
+    )
 
 
 if __name__ == "__main__":

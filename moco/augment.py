@@ -3,8 +3,9 @@
 Data workers call `random_crop_boxes` and `cut_crops` on the decoded image and send uint8, a quarter of the bytes of
 floats. `augment` then jitters, grays, blurs, flips and normalises, with parameters that `sample_params` draws for each
 view of each image of the global batch, so that any number of processes sees the same pixels. On a GPU that is PyTorch,
-a batch at a time; on a CPU it is OpenCV, a view at a time, three times as fast. Both are torchvision's functions to
-1e-5. Crops, flips and blur take any number of channels, colours take three. `moco/data/views.py` puts it together.
+a batch at a time, or in compiled runs moco/fused.py; on a CPU it is OpenCV, a view at a time, three times as fast. All
+are torchvision's functions to 1e-5. Crops, flips and blur take any number of channels, colours take three.
+`moco/data/views.py` puts it together.
 """
 
 import math
@@ -265,7 +266,7 @@ def images_of(chosen):
 
 def send(values, dtype, x):
     """Numbers as a tensor on x's device, from pinned memory: the copy does not wait for what the device has to do."""
-    values = torch.tensor(values, dtype=dtype)
+    values = torch.as_tensor(values, dtype=dtype)
     return values.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else values
 
 
@@ -293,8 +294,19 @@ def augment_batch(crops, params):
 # ---- all views of a batch
 
 
+def augment_in_chunks(out, crops, params, mean, std):
+    """As `augment_on_cpu`, by operations on many images at a time."""
+    scale = send([1 / s for s in std], out.dtype, out).view(-1, 1, 1)
+    shift = send([-m / s for m, s in zip(mean, std)], out.dtype, out).view(-1, 1, 1)
+    for first in range(0, out.shape[1], CHUNK):
+        chunk = slice(first, first + CHUNK)
+        of_chunk = {name: values[chunk].transpose(0, 1).flatten(0, 1) for name, values in params.items()}
+        x = augment_batch(torch.cat([crop[chunk] for crop in crops]), of_chunk).unflatten(0, (len(crops), -1))
+        torch.addcmul(shift, x, scale, out=out[:, chunk].permute(0, 1, 4, 2, 3))  # normalised, and channels-last
+
+
 @torch.no_grad()
-def augment(crops, params, mean, std):
+def augment(crops, params, mean, std, on_gpu=augment_in_chunks):
     """The device part of a recipe: crops and their parameters -> a list of V (n, C, S, S) float32 tensors.
 
     crops: a list of V (n, S, S, C) tensors, uint8 or float32; sides may differ. params: of `sample_params`, for these
@@ -308,7 +320,7 @@ def augment(crops, params, mean, std):
         group = [v for v, crop in enumerate(crops) if crop.shape[1] == size]
         of_group = {name: values[:, group] for name, values in params.items()}
         out = torch.empty(len(group), *crops[group[0]].shape, device=crops[0].device)
-        fill = augment_on_cpu if out.device.type == "cpu" else augment_in_chunks
+        fill = augment_on_cpu if out.device.type == "cpu" else on_gpu
         fill(out, [crops[v] for v in group], of_group, mean, std)
         for v, view in zip(group, out.permute(0, 1, 4, 2, 3)):
             views[v] = view
@@ -323,14 +335,3 @@ def augment_on_cpu(out, crops, params, mean, std):
         for i, crop in enumerate(crops_of_view.numpy()):
             of_view = {name: values[i][v] for name, values in params.items()}
             views[i] = augment_view(crop, normalization, **of_view)
-
-
-def augment_in_chunks(out, crops, params, mean, std):
-    """As `augment_on_cpu`, by operations on many images at a time."""
-    scale = send([1 / s for s in std], out.dtype, out).view(-1, 1, 1)
-    shift = send([-m / s for m, s in zip(mean, std)], out.dtype, out).view(-1, 1, 1)
-    for first in range(0, out.shape[1], CHUNK):
-        chunk = slice(first, first + CHUNK)
-        of_chunk = {name: values[chunk].transpose(0, 1).flatten(0, 1) for name, values in params.items()}
-        x = augment_batch(torch.cat([crop[chunk] for crop in crops]), of_chunk).unflatten(0, (len(crops), -1))
-        torch.addcmul(shift, x, scale, out=out[:, chunk].permute(0, 1, 4, 2, 3))  # normalised, and channels-last

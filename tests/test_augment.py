@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from moco.augment import (
     sample_params,
     to_float,
 )
+from moco.fused import augment_fused, compiled_view, fill_view
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # places in `factors`, numbers in `order`
 
@@ -68,11 +71,18 @@ def by_batches(crops, params):
     return out.permute(0, 1, 4, 2, 3)
 
 
+def by_masks(crops, params, fill=fill_view):
+    """As on a GPU in a compiled run, here on the CPU."""
+    out = torch.empty(len(crops), *crops[0].shape)
+    augment_fused(out, crops, params, MEAN, STD, fill)
+    return out.permute(0, 1, 4, 2, 3)
+
+
 BYOL = V2 | {"jitter": (0.4, 0.4, 0.2, 0.1)}
 RECIPES = AUGMENTATIONS | {"byol": [BYOL | {"blur_p": 1.0}, BYOL | {"blur_p": 0.1, "solarize_p": 0.2}]}
 
 
-@pytest.mark.parametrize("make", [by_views, by_batches])
+@pytest.mark.parametrize("make", [by_views, by_batches, by_masks])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("size, n", [(32, 80), (224, 6), (448, 3)])
 def test_the_augmentation_equals_torchvision_per_sample(make, recipe, size, n):
@@ -89,11 +99,44 @@ def test_the_augmentation_equals_torchvision_per_sample(make, recipe, size, n):
         torch.testing.assert_close(augmented[view][i], expected, rtol=0, atol=1e-5 / min(STD))
 
 
+def test_a_compiler_takes_the_whole_augmentation_and_its_views_are_the_same():
+    crops = [torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
+    params = sample_params(RECIPES["byol"], 5, seed=0, step=0)
+    compiled = by_masks(crops, params, compiled_view(backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(compiled, torch.stack(by_views(crops, params)), rtol=0, atol=1e-5 / min(STD))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a compiler of C++")
+@pytest.mark.parametrize("recipe", ["v1", "byol"])
+def test_inductors_kernels_make_the_same_views(recipe):
+    crops = [torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
+    params = sample_params(RECIPES[recipe], 5, seed=0, step=0)
+    compiled = by_masks(crops, params, compiled_view(backend="inductor"))
+    torch.testing.assert_close(compiled, torch.stack(by_views(crops, params)), rtol=0, atol=1e-5 / min(STD))
+
+
 def test_views_come_back_as_channels_last_halves():
     crops = [torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8) for _ in range(2)]
     query_images, key_images = augment(crops, sample_params(AUGMENTATIONS["v2"], 4, 0, 0), MEAN, STD)
     assert query_images.shape == key_images.shape == (4, 3, 16, 16)
     assert query_images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+def test_floats_of_any_range_keep_it_where_no_colour_is_changed(channels, monkeypatch):
+    """From -3 to 3: flips and blur alone, in all three ways, in chunks of which the last is smaller."""
+    for module in ("moco.augment", "moco.fused"):
+        monkeypatch.setattr(f"{module}.CHUNK", 5)
+    crops = [6 * torch.rand(8, 16, 16, channels) - 3 for _ in range(2)]
+    params = sample_params(AUGMENTATIONS["no-colour"], 8, seed=0, step=0)
+    scales = [0.5] * channels, [2.0] * channels
+    views = [torch.empty(2, 8, 16, 16, channels) for _ in range(2)]
+    for out, fill in zip(views, (augment_in_chunks, partial(augment_fused, fill=fill_view))):
+        fill(out, [crop.clone() for crop in crops], params, *scales)
+    expected = torch.stack(augment(crops, params, *scales)).permute(0, 1, 3, 4, 2)
+    for out in views:
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
 def test_a_process_sees_its_slice_of_the_global_batch():

@@ -18,6 +18,8 @@ def test_every_part_of_the_report_runs_and_none_runs_twice(tmp_path, monkeypatch
     assert "failed" not in report
     shares = {name: float(share) for name, share in re.findall(r"\| (float\S*|bfloat16).* \| .* \| (.*) \|", report)}
     assert shares["float64"] == 0 < shares["float32"] < 1e-4 < shares["bfloat16"] < 0.1
+    off = [float(number) for number in re.findall(r"views, .*: (\S+) at most from those of the CPU", report)]
+    assert len(off) == 2 and max(off) < 1e-5 / 0.224  # of float32, divided by the smallest deviation
     assert "were taken twice: their losses differ by 0 at most" in report and "kNN accuracy" in report
     capsys.readouterr()
     gpu.main()

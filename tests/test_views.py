@@ -1,5 +1,6 @@
 """Views of every kind: sizes, transforms of one's own, exact with any number of workers. pytest tests/test_views.py"""
 
+import pickle
 import random
 
 import numpy as np
@@ -15,6 +16,7 @@ from moco.data.order import Order
 from moco.data.shapes import draw_scene
 from moco.data.views import FastViews, TransformViews
 from moco.errors import UserError
+from moco.fused import augment_fused, compiled_view
 from moco.run.pictures import save_views
 
 
@@ -181,3 +183,12 @@ def test_the_picture_shows_every_view_whatever_its_size_and_range(tmp_path):
     save_views(tmp_path / "red.png", [(red - 0.5) / 0.25], mean=(0.5,) * 3, std=(0.25,) * 3)
     pixels = np.asarray(Image.open(tmp_path / "red.png").convert("RGB"))
     assert (pixels == [255, 0, 0]).all(axis=2).mean() > 0.3
+
+
+def test_compiled_views_reach_the_gpu_and_its_workers(monkeypatch):
+    """A GPU gets the compiled function, and a worker that is started afresh gets the views by pickle, even after."""
+    views, given = FastViews(AUGMENTATIONS["v2"], 8, MEAN, STD, {"backend": "eager"}), []
+    monkeypatch.setattr("moco.data.views.augment", lambda *arguments: given.append(arguments[-1]))
+    views.on_device([torch.zeros(2, 8, 8, 3, dtype=torch.uint8)] * 2, Order(2, seed=0), 0, torch.device("cpu"))
+    assert given[0].func is augment_fused and given[0].keywords == {"fill": compiled_view(backend="eager")}
+    assert pickle.loads(pickle.dumps(views)).compiled == views.compiled

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moco.augment import AUGMENTATIONS, augment, random_crop_boxes, sample_params
+from moco.augment import AUGMENTATIONS, augment, augment_in_chunks, random_crop_boxes, sample_params
 from moco.data.batches import Crops, crop_generator, loader
 from moco.data.decode import decode_crops, decode_image, read_image
 from moco.errors import UserError
+from moco.fused import augment_fused, compiled_view
 
 COLOURS = ("jitter_p", "gray_p", "solarize_p")  # what takes three channels with values in [0, 1]
 
@@ -31,11 +32,12 @@ class FastViews:
 
     recipe: a list of views, as in AUGMENTATIONS; `name` is the one that it has there, otherwise "own". size: of an
     image, in pixels, of which a view may be a share.
-    mean, std: a number for each channel, to normalise with; see `normalization`.
+    mean, std: a number for each channel, to normalise with; see `normalization`. compiled: of `compile_options`; if it
+    is not None, a GPU takes the augmentation that torch.compile makes with them of moco/fused.py.
     """
 
-    def __init__(self, recipe, size, mean, std):
-        self.recipe, self.mean, self.std = recipe, mean, std
+    def __init__(self, recipe, size, mean, std, compiled=None):
+        self.recipe, self.mean, self.std, self.compiled = recipe, mean, std, compiled
         self.sizes, self.areas = [round(view["size"] * size) for view in recipe], [view["area"] for view in recipe]
         self.name = next((name for name, views in AUGMENTATIONS.items() if views == recipe), "own")
 
@@ -59,7 +61,9 @@ class FastViews:
         """The views of this process's crops at a step: a list of (n, C, S, S) float32 tensors, channels-last."""
         params = sample_params(self.recipe, order.batch_size, order.seed, step, order.own_rows)
         crops = [crop.to(device, non_blocking=True) for crop in crops]
-        return augment(crops, params, self.mean, self.std)
+        fused = self.compiled is not None
+        on_gpu = partial(augment_fused, fill=compiled_view(**self.compiled)) if fused else augment_in_chunks
+        return augment(crops, params, self.mean, self.std, on_gpu)
 
     def check(self, images):
         """Crops like those of an image, without values. Raises UserError if the recipe does not fit the images."""

@@ -15,7 +15,7 @@ import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 
 from moco.errors import UserError
 
@@ -73,6 +73,12 @@ def start_accelerator(args, **options):
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
     return accelerator
+
+
+def compile_options(accelerator):
+    """What `accelerate launch --dynamo_backend ...` says for torch.compile, or None where nothing is to be compiled."""
+    dynamo = accelerator.state.dynamo_plugin
+    return None if dynamo.backend == DynamoBackend.NO else dynamo.to_kwargs()
 
 
 def check_slurm(processes):
