@@ -2,6 +2,7 @@
 
 import io
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks.features import TARGETS, linear_predict
 from moco.augment import AUGMENTATIONS
 from moco.backbone import load_backbone
 from moco.data.decode import decode_image
+from moco.data.labels import class_names
 from moco.data.load import load_splits
 from moco.data.shapes import (
     CLASSES,
@@ -23,6 +25,7 @@ from moco.data.shapes import (
     draw_pattern,
     draw_scene,
     encode_jpeg,
+    shapes_dataset,
 )
 from moco.errors import UserError
 from moco.knn import knn_predict
@@ -94,6 +97,15 @@ def hues(image):
     """Hues in turns of the clearly coloured pixels of an image."""
     hue, saturation, value = np.asarray(Image.fromarray(image).convert("HSV")).reshape(-1, 3).T / 255
     return hue[(saturation > 0.25) & (value > 0.3)]
+
+
+def test_a_split_that_was_just_drawn_names_the_classes_of_one_from_the_cache(tmp_path, monkeypatch):
+    """Drawing was interrupted after the training split, or another process drew it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("moco.data.shapes.SPLITS", {"train": 40, "test": 40})
+    shapes_dataset("train")
+    train, test = (shapes_dataset(split) for split in ("train", "test"))
+    assert class_names(train) == class_names(test) == list(CLASSES)
 
 
 def test_a_hue_tells_the_palette_after_the_shifts_of_v2_but_not_of_v1():

@@ -319,7 +319,7 @@ def test_a_compiled_run_is_saved_as_one_that_is_not(folder, tmp_path):
     """The backend runs the captured graph as it is, in which BatchNorm's groups are normalised at once."""
     runs = [tmp_path / "compiled", tmp_path / "plain"]
     for run, backend in zip(runs, ("eager", "no")):
-        train(folder, run, *RUN, "--workers", 0, "--epochs", 1, "--arch", "resnet10", script=DOUBLE, ACCELERATE_DYNAMO_BACKEND=backend)
+        train(folder, run, *RUN, "--workers", 0, "--epochs", 1, script=DOUBLE, ACCELERATE_DYNAMO_BACKEND=backend)
     for line, expected in zip(*map(metrics_of, runs), strict=True):
         assert line == pytest.approx(expected, abs=1e-9)
     backbone, expected = (load_file(run / "backbone" / "model.safetensors") for run in runs)

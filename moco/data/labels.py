@@ -41,8 +41,9 @@ def monitor_test_set(train_set, test_set, name):
 
 
 def class_names(dataset):
-    """The names of the classes, or None."""
-    return getattr(dataset.features["label"], "names", None)
+    """The names of the classes, or None: a list, though a split that was just drawn has a tuple."""
+    names = getattr(dataset.features["label"], "names", None)
+    return None if names is None else list(names)
 
 
 def count_classes(train_set, test_set, name):
