@@ -159,8 +159,7 @@ def main():
     order = Order(args.batch_size, args.seed, rank, world, args.workers, args.shuffle_window)
     steps_per_epoch = len(train_set) // args.batch_size
     args.mean, args.std = normalization(train_set, args.mean, args.std)
-    recipe, compiled = AUGMENTATIONS[args.augment], compile_options(accelerator)
-    views = FastViews(recipe, args.image_size, args.mean, args.std, compiled)
+    views = FastViews(AUGMENTATIONS[args.augment], args.image_size, args.mean, args.std, compile_options(accelerator))
     check_batches(args, views.check(train_set), order.share)
 
     # ---- encoders, queue and optimizer
