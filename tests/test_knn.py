@@ -129,7 +129,7 @@ def test_rank_alignment_and_uniformity_equal_the_loops_of_their_definitions(monk
 
 def test_the_monitor_aligns_the_views_of_trainings_first_step(tmp_path):
     """The same at each call; of neighbours those of the start stay beside those of now."""
-    images = load_splits("shapes")[0].select_rows(range(40)).without_labels()
+    images = IndexedImages(load_splits("shapes")[0].dataset.select(range(40)).select_columns("image"))
     encoder, accelerator = build_encoder("resnet10"), Accelerator(cpu=True)
     views, options = FastViews(AUGMENTATIONS["v2"], 32, MEAN, STD), (32, MEAN, STD, 0, accelerator)
     numbers, _, looked_at = monitor(encoder, images, None, *options, views, tmp_path)

@@ -44,10 +44,6 @@ class IndexedImages(ImageRows):
         """These rows alone, in this order, as a sequence of their own."""
         return IndexedImages(self.dataset.select(rows), self.commit, self.bits)
 
-    def without_labels(self):
-        """The same images, and nothing else."""
-        return IndexedImages(self.dataset.select_columns("image"), self.commit, self.bits)
-
     def __len__(self):
         return len(self.dataset)
 

@@ -146,14 +146,6 @@ class ParquetImages(GroupedImages):
         part.set_groups([self.groups[number] for number in numbers], chosen if numbers else [])
         return part
 
-    def without_labels(self):
-        """The same images, and nothing else."""
-        part = copy.copy(self)
-        part.columns, part.column_names = self.columns[:1], self.column_names[:1]
-        part.ranges_of = {group: part.find_ranges(*group) for group in self.ranges_of}
-        part.set_groups(self.groups, self.chosen)
-        return part
-
     def fingerprint(self):
         """Of which rows these are: names of files, and where the bytes of each row group lie and the labels it has.
 
