@@ -5,12 +5,13 @@ python benchmarks/official.py official shapes --ladder                  every re
 python benchmarks/fashion_mnist.py runs/fashion-mnist
 python benchmarks/official.py official runs/fashion-mnist               learning curves on photographs
 
-Theirs: MoCo, the training loop, the learning rate and the blur of that commit, on one gloo process; `.cuda()` does
+Theirs: MoCo, the training loop, the learning rate and the blur of that commit, on gloo processes; `.cuda()` does
 nothing there, and their accuracy, which fails on today's PyTorch, is not computed. Ours: train_moco.py. Both train the
-same small ResNet at 32 pixels, in batches of 128 that share BatchNorm; each has its own random numbers and its own
-augmentation. Our scripts probe both. The recipe's blur is meant for 224 pixels: ours scales it with the image, theirs
-does not. In the ladder theirs is scaled, too; for the curves theirs is left alone, and ours is also run with theirs. A
-second call continues where the first stopped. At the end it prints a table and draws it in its output.
+same small ResNet at 32 pixels in batches of 128, and a process of theirs is a BatchNorm group of ours: one for the
+curves, two for the ladder. Each has its own random numbers and its own augmentation. Our scripts probe both. The
+recipe's blur is meant for 224 pixels: ours scales it with the image, theirs does not. In the ladder theirs is scaled,
+too; for the curves theirs is left alone, and ours is also run with theirs. A second call continues where the first
+stopped. At the end it prints a table and draws it in its output.
 """
 
 import argparse
@@ -49,8 +50,8 @@ from moco.encoder import build_resnet
 
 ROOT = Path(__file__).parent.parent
 SIZE, BATCH, WEIGHT_DECAY = 32, 128, 1e-4
-CURVES = {"steps": 936, "queue_size": 4096, "encoder_momentum": 0.99, "lr": 0.03}  # 12 epochs of IMAGES
-LADDER = {"steps": 1840, "queue_size": 512, "encoder_momentum": 0.998, "lr": 0.015}  # as for --data shapes, 40 epochs
+CURVES = {"steps": 936, "queue_size": 4096, "encoder_momentum": 0.99, "lr": 0.03, "groups": 1}  # 12 epochs of IMAGES
+LADDER = {"steps": 1840, "queue_size": 512, "encoder_momentum": 0.998, "lr": 0.015, "groups": 2}  # as --data shapes
 IMAGES = 10_000  # of Fashion-MNIST
 RECIPES = [recipe for recipe in train_moco.RECIPES if recipe != "simclr"]
 SIDES = {"official": "the official code", "same blur": "ours, with its blur", "ours": "ours"}
@@ -130,19 +131,18 @@ class Views(torch.utils.data.Dataset):
 
 
 def run_official(folder, images, recipe, seed, output, settings, scaled_blur):
-    """Train with their code; leaves a checkpoint of theirs and the mean loss of each epoch."""
+    """Train with their code, one of the processes; the first leaves a checkpoint and the mean loss of each epoch."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     main_moco, builder, loader = load_official(folder)
     main_moco.accuracy = lambda output, target, topk: [torch.zeros(1) for _ in topk]
-    (output / "rendezvous").unlink(missing_ok=True)  # of a call that was stopped, for which it would wait
-    torch.distributed.init_process_group("gloo", f"file://{output}/rendezvous", rank=0, world_size=1)
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    main_moco.random.seed(seed)
+    torch.distributed.init_process_group("gloo")
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for set_seed in (torch.manual_seed, np.random.seed, main_moco.random.seed):
+        set_seed(seed + 1000 * rank)  # DistributedDataParallel gives all of them the first's weights and queue
     blur = loader.GaussianBlur([sigma * (SIZE / 224 if scaled_blur else 1) for sigma in (0.1, 2.0)])
     views = Views(images, loader.TwoCropsTransform(official_transform(recipe, blur)))
     sampler = DistributedSampler(views, seed=seed)
-    batches = DataLoader(views, BATCH, sampler=sampler, num_workers=1, drop_last=True)
+    batches = DataLoader(views, BATCH // processes, sampler=sampler, num_workers=1, drop_last=True)
     # Their builder makes both heads' hidden layer by itself, so the encoder comes with one linear layer.
     encoder = lambda num_classes: build_resnet("resnet10", num_classes, bn_batch=None)  # noqa: E731
     ours, epochs = train_moco.RECIPES[recipe], epochs_of(images, settings)
@@ -158,15 +158,18 @@ def run_official(folder, images, recipe, seed, output, settings, scaled_blur):
         return losses[-1]
 
     means = []
-    for epoch in tqdm(range(epochs), unit="epoch"):
+    for epoch in tqdm(range(epochs), unit="epoch", disable=rank > 0):
         sampler.set_epoch(epoch)
         main_moco.adjust_learning_rate(optimizer, epoch, args)
         with redirect_stdout(sys.stderr):
             main_moco.train(batches, model, keep_loss, optimizer, epoch, args)
-        means.append(mean(loss.item() for loss in losses))
+        total = torch.stack(losses).detach().mean()
+        torch.distributed.all_reduce(total)
+        means.append(total.item() / processes)
         losses.clear()
-    torch.save({"epoch": epochs, "arch": "resnet10", "state_dict": model.state_dict()}, output / "official.pth.tar")
-    (output / "losses.json").write_text(json.dumps(means))
+    if rank == 0:
+        torch.save({"epoch": epochs, "arch": "resnet10", "state_dict": model.state_dict()}, output / "official.pth.tar")
+        (output / "losses.json").write_text(json.dumps(means))
 
 
 # ---- our side
@@ -179,7 +182,7 @@ def run_ours(data, images, recipe, seed, output, settings, same_blur):
         augment.blur_taps = partial(lambda size: 6)
     flags = {
         "data": data, "output": output / "run", "recipe": recipe, "arch": "resnet10", "image-size": SIZE,
-        "batch-size": BATCH, "bn-batch": BATCH, "queue-size": settings["queue_size"],
+        "batch-size": BATCH, "bn-batch": BATCH // settings["groups"], "queue-size": settings["queue_size"],
         "encoder-momentum": settings["encoder_momentum"], "lr": settings["lr"], "weight-decay": WEIGHT_DECAY,
         "epochs": epochs_of(images, settings), "workers": 1, "seed": seed, "knn-every": 0, "log-every": 10**6,
         "keep": 1, "checkpoint-every": 230, "shuffle-window": len(images),
@@ -201,7 +204,10 @@ def run(side, official, data, ladder, recipe, seed, output):
     call = partial(subprocess.run, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     if not (output / "losses.json").exists():
         job = ["--one", side, "--recipes", recipe, "--seeds", str(seed), "--output", output]
-        call([sys.executable, __file__, official, data, *job, *(["--ladder"] if ladder else [])])
+        job += ["--ladder"] if ladder else []
+        processes = (LADDER if ladder else CURVES)["groups"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        call([sys.executable, *(launcher if side == "official" else []), __file__, official, data, *job])
     if not (output / "probe" / "results.json").exists():
         backbone = output / "official.pth.tar" if side == "official" else output / "run"
         probe = ["--backbone", backbone, "--data", data, "--output", output / "probe", "--workers", 1, "--seed", seed]
