@@ -29,7 +29,7 @@ from benchmarks.step import alone
 from moco.augment import AUGMENTATIONS, MEAN, STD, augment, plan, sample_params
 from moco.contrast import KeyQueue
 from moco.encoder import build_encoder
-from moco.fused import augment_fused, compiled_view
+from moco.fused import compiled_augmentation
 from moco.run.memory import activation_bytes
 from moco.shuffle import shuffle_order
 from train_moco import moco_step, simclr_step
@@ -104,17 +104,18 @@ def augmentation(batch, size, recipe="v2", step=0):
 
 
 def fused_augmentation(batch, size, recipe="v2"):
-    """{"kernels": n, "MB": bytes} of the augmentation of a compiled run, as Inductor counts its code for a CPU."""
+    """What the augmentation of a compiled run counts, as Inductor counts its code for a CPU."""
     params = sample_params(AUGMENTATIONS[recipe], 8, 0, 0)
     crops = [torch.zeros(8, size, size, 3, dtype=torch.uint8) for _ in range(2)]
     torch._logging.set_logs(inductor_metrics=True)  # without it nothing is counted
     metrics.reset()
     with config.patch(force_disable_caches=True):
-        augment_fused(torch.empty(2, 8, size, size, 3), crops, params, MEAN, STD, compiled_view(dynamic=False))
+        compiled_augmentation(dynamic=False)(torch.empty(2, 8, size, size, 3), crops, params, MEAN, STD)
     torch._logging.set_logs()
     kernels = sum(1 for _, numbers in metrics.nodes_num_elem if numbers)
     # One view of 8 images was compiled. The table of parameters and the two vectors to normalise with are sent.
-    return {"kernels": 2 * kernels, "MB": 2 * batch / 8 * metrics.num_bytes_accessed / 1e6, "copies to the device": 3}
+    megabytes = 2 * batch / 8 * metrics.num_bytes_accessed / 1e6
+    return Counter({"kernels": 2 * kernels, "MB": megabytes, "copies to the device": 3})
 
 
 def a_step(
@@ -198,7 +199,7 @@ def main():
         "MoCo, one group": ("moco", args.batch, {}),
         "SimCLR": ("simclr", None, {}),
     }
-    counts = {"augmentation, v2, compiled": Counter(fused_augmentation(args.batch, args.size))}
+    counts = {"augmentation, v2, compiled": fused_augmentation(args.batch, args.size)}
     with FakeTensorMode(allow_non_fake_inputs=True):
         counts["augmentation, v2"] = counted(augmentation(args.batch, args.size)).counts
         for name, (method, group, options) in rows.items():

@@ -14,7 +14,6 @@ import copy
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from benchmarks.step import DEVICE, alone, prepared
 from moco.augment import AUGMENTATIONS, MEAN, STD, augment, augment_in_chunks, sample_params
 from moco.contrast import KeyQueue
 from moco.encoder import build_encoder
-from moco.fused import augment_fused, compiled_view
+from moco.fused import compiled_augmentation
 from moco.run.checkpoint import complete_checkpoints, read_metrics
 from moco.run.launch import provenance
 from moco.shuffle import shuffle_order
@@ -95,8 +94,7 @@ def compare_views():
     crops = list(torch.randint(0, 256, (2, 64, 64, 64, 3), dtype=torch.uint8))
     params = sample_params(AUGMENTATIONS["v2"], 64, 0, 0)
     expected = torch.stack(augment(crops, params, MEAN, STD))
-    compiled = partial(augment_fused, fill=compiled_view())
-    for name, fill in (("an operation at a time", augment_in_chunks), ("compiled", compiled)):
+    for name, fill in (("an operation at a time", augment_in_chunks), ("compiled", compiled_augmentation())):
         views = torch.empty(2, 64, 64, 64, 3, device=DEVICE)
         fill(views, [crop.to(DEVICE, copy=True) for crop in crops], params, MEAN, STD)
         off = (views.permute(0, 1, 4, 2, 3).cpu() - expected).abs().max()

@@ -225,13 +225,18 @@ def solarize(x):
     return torch.where(x < 0.5, x, 1 - x)
 
 
+def blur_kernel(sigma, half):
+    """sigma (N, 1), in pixels -> weights (N, 2 * half + 1), whose sum is 1."""
+    taps = torch.arange(-half, half + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)
+    return kernel / kernel.sum(dim=1, keepdim=True)
+
+
 def gaussian_blur(x, sigma):
     """Blur each image with its own sigma, in pixels; borders are reflected. As torchvision's, which takes one sigma."""
     n, channels, height, width = x.shape
     half = blur_taps(width)
-    taps = torch.arange(-half, half + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (taps / sigma.view(n, 1)) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)  # (N * 3, taps)
+    kernel = blur_kernel(sigma.view(n, 1), half).repeat_interleave(channels, dim=0)  # (N * 3, taps)
     planes = F.pad(x.view(1, n * channels, height, width), (half,) * 4, mode="reflect")
     planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
     return F.conv2d(planes, kernel[:, None, None, :], groups=n * channels).view_as(x)
@@ -270,6 +275,11 @@ def send(values, dtype, x):
     return values.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else values
 
 
+def scale_and_shift(mean, std, x):
+    """What x, a view, is multiplied by and what is added to normalise it: (C,) each, on its device."""
+    return send([1 / s for s in std], x.dtype, x), send([-m / s for m, s in zip(mean, std)], x.dtype, x)
+
+
 def augment_batch(crops, params):
     """The views of crops, (N, S, S, C) uint8 or float32 -> (N, C, S, S) float32; params as for `plan`.
 
@@ -294,10 +304,19 @@ def augment_batch(crops, params):
 # ---- all views of a batch
 
 
+def augment_on_cpu(out, crops, params, mean, std):
+    """Fill out, (V, n, S, S, C), with the views of V crops (n, S, S, C), one by one."""
+    params = {name: values.tolist() for name, values in params.items()}
+    normalization = np.column_stack([np.diag(1 / np.array(std)), -np.array(mean) / std])
+    for v, (views, crops_of_view) in enumerate(zip(out.numpy(), crops)):
+        for i, crop in enumerate(crops_of_view.numpy()):
+            of_view = {name: values[i][v] for name, values in params.items()}
+            views[i] = augment_view(crop, normalization, **of_view)
+
+
 def augment_in_chunks(out, crops, params, mean, std):
     """As `augment_on_cpu`, by operations on many images at a time."""
-    scale = send([1 / s for s in std], out.dtype, out).view(-1, 1, 1)
-    shift = send([-m / s for m, s in zip(mean, std)], out.dtype, out).view(-1, 1, 1)
+    scale, shift = (values.view(-1, 1, 1) for values in scale_and_shift(mean, std, out))
     for first in range(0, out.shape[1], CHUNK):
         chunk = slice(first, first + CHUNK)
         of_chunk = {name: values[chunk].transpose(0, 1).flatten(0, 1) for name, values in params.items()}
@@ -325,13 +344,3 @@ def augment(crops, params, mean, std, on_gpu=augment_in_chunks):
         for v, view in zip(group, out.permute(0, 1, 4, 2, 3)):
             views[v] = view
     return views
-
-
-def augment_on_cpu(out, crops, params, mean, std):
-    """Fill out, (V, n, S, S, C), with the views of V crops (n, S, S, C), one by one."""
-    params = {name: values.tolist() for name, values in params.items()}
-    normalization = np.column_stack([np.diag(1 / np.array(std)), -np.array(mean) / std])
-    for v, (views, crops_of_view) in enumerate(zip(out.numpy(), crops)):
-        for i, crop in enumerate(crops_of_view.numpy()):
-            of_view = {name: values[i][v] for name, values in params.items()}
-            views[i] = augment_view(crop, normalization, **of_view)

@@ -5,30 +5,41 @@ down. Here every image goes through every operation, and masks choose: more arit
 which is what a GPU waits for. Without a compiler it is the slower way by far. Same parameters, same views to 1e-5.
 """
 
-from functools import cache
+import itertools
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
-from moco.augment import CHUNK, CONTRAST, HUE, LUMA, NEUTRAL, SATURATION, blur_taps, send
+from moco.augment import (
+    CHUNK,
+    CONTRAST,
+    HUE,
+    LUMA,
+    NEUTRAL,
+    SATURATION,
+    blur_kernel,
+    blur_taps,
+    scale_and_shift,
+    send,
+)
 
 RED, GREEN, BLUE = LUMA.tolist()  # numbers, which a compiler can write into its code
 NONE = -1  # in place of an operation: leave the image as it is
 
 
 @cache
-def compiled_view(**options):
-    """`fill_view`, compiled when it is first called. options: of torch.compile."""
-    return torch.compile(fill_view, **options)
+def compiled_augmentation(**options):
+    """`augment_fused` with `fill_view` compiled, when it is first called. options: of torch.compile."""
+    return partial(augment_fused, fill=torch.compile(fill_view, **options))
 
 
 def augment_fused(out, crops, params, mean, std, fill):
     """As `augment_in_chunks`, by `fill`, which is `fill_view` or what a compiler made of it."""
     table = send(table_of(params, out.shape[2]), torch.float32, out)
-    scale = send([1 / s for s in std], out.dtype, out)
-    shift = send([-m / s for m, s in zip(mean, std)], out.dtype, out)
+    scale, shift = scale_and_shift(mean, std, out)
     taps = blur_taps(out.shape[2]) if params["sigma"].any() else 0
-    for v, first in ((v, first) for v in range(len(crops)) for first in range(0, out.shape[1], CHUNK)):
+    for v, first in itertools.product(range(len(crops)), range(0, out.shape[1], CHUNK)):
         chunk = slice(first, first + CHUNK)
         fill(out[v, chunk], crops[v][chunk], table[v, chunk], scale, shift, taps)
 
@@ -60,7 +71,7 @@ def fill_view(out, crops, table, scale, shift, taps):
             before.append(torch.where(past, NONE, operation))
         mean = luma(jitter(planes, before, values, 0.0)).mean(dim=(1, 2), keepdim=True)
         x = torch.stack(gray_where(gray_last, jitter(planes, operations, values, mean)), dim=-1)
-    x = gaussian_blur(x, sigma.view(-1, 1, 1, 1), taps) if taps else x
+    x = gaussian_blur(x, sigma.view(-1, 1), taps) if taps else x
     x = torch.where((solarize[..., None] > 0) & (x >= 0.5), 1 - x, x)
     out.copy_(x * scale + shift)
 
@@ -101,11 +112,10 @@ def turn_hue(planes, shift):
 
 
 def gaussian_blur(x, sigma, taps):
-    """Blur each image, (n, S, S, C), with its own sigma (n, 1, 1, 1), in pixels, 0 for none; borders are reflected."""
+    """Blur each image, (n, S, S, C), with its own sigma (n, 1), in pixels, 0 for none; borders are reflected."""
     size = x.shape[2]
-    places = torch.arange(-taps, taps + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (places / sigma.clamp(min=1e-3)) ** 2)  # of a sigma that small the centre alone is left
-    kernel = (kernel / kernel.sum(dim=-1, keepdim=True)).unbind(dim=-1)
+    kernel = blur_kernel(sigma.clamp(min=1e-3), taps)  # of a sigma that small the centre alone is left
+    kernel = kernel.view(-1, 1, 1, 1, 2 * taps + 1).unbind(dim=-1)
     x = F.pad(x.permute(0, 3, 1, 2), (taps,) * 4, mode="reflect").permute(0, 2, 3, 1)
-    x = sum(x[:, :, i : i + size] * weight[..., None] for i, weight in enumerate(kernel))
-    return sum(x[:, i : i + size] * weight[..., None] for i, weight in enumerate(kernel))
+    x = sum(x[:, :, i : i + size] * weight for i, weight in enumerate(kernel))
+    return sum(x[:, i : i + size] * weight for i, weight in enumerate(kernel))

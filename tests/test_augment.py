@@ -25,7 +25,7 @@ from moco.augment import (
     sample_params,
     to_float,
 )
-from moco.fused import augment_fused, compiled_view, fill_view
+from moco.fused import augment_fused, compiled_augmentation, fill_view
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # places in `factors`, numbers in `order`
 
@@ -71,10 +71,13 @@ def by_batches(crops, params):
     return out.permute(0, 1, 4, 2, 3)
 
 
-def by_masks(crops, params, fill=fill_view):
+NOT_COMPILED = partial(augment_fused, fill=fill_view)
+
+
+def by_masks(crops, params, fused=NOT_COMPILED):
     """As on a GPU in a compiled run, here on the CPU."""
     out = torch.empty(len(crops), *crops[0].shape)
-    augment_fused(out, crops, params, MEAN, STD, fill)
+    fused(out, crops, params, MEAN, STD)
     return out.permute(0, 1, 4, 2, 3)
 
 
@@ -102,7 +105,7 @@ def test_the_augmentation_equals_torchvision_per_sample(make, recipe, size, n):
 def test_a_compiler_takes_the_whole_augmentation_and_its_views_are_the_same():
     crops = [torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
     params = sample_params(RECIPES["byol"], 5, seed=0, step=0)
-    compiled = by_masks(crops, params, compiled_view(backend="aot_eager", fullgraph=True))
+    compiled = by_masks(crops, params, compiled_augmentation(backend="aot_eager", fullgraph=True))
     torch.testing.assert_close(compiled, torch.stack(by_views(crops, params)), rtol=0, atol=1e-5 / min(STD))
 
 
@@ -112,7 +115,7 @@ def test_a_compiler_takes_the_whole_augmentation_and_its_views_are_the_same():
 def test_inductors_kernels_make_the_same_views(recipe):
     crops = [torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8) for _ in range(2)]
     params = sample_params(RECIPES[recipe], 5, seed=0, step=0)
-    compiled = by_masks(crops, params, compiled_view(backend="inductor"))
+    compiled = by_masks(crops, params, compiled_augmentation(backend="inductor"))
     torch.testing.assert_close(compiled, torch.stack(by_views(crops, params)), rtol=0, atol=1e-5 / min(STD))
 
 
@@ -132,7 +135,7 @@ def test_floats_of_any_range_keep_it_where_no_colour_is_changed(channels, monkey
     params = sample_params(AUGMENTATIONS["no-colour"], 8, seed=0, step=0)
     scales = [0.5] * channels, [2.0] * channels
     views = [torch.empty(2, 8, 16, 16, channels) for _ in range(2)]
-    for out, fill in zip(views, (augment_in_chunks, partial(augment_fused, fill=fill_view))):
+    for out, fill in zip(views, (augment_in_chunks, NOT_COMPILED)):
         fill(out, [crop.clone() for crop in crops], params, *scales)
     expected = torch.stack(augment(crops, params, *scales)).permute(0, 1, 3, 4, 2)
     for out in views:

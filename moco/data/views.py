@@ -22,7 +22,7 @@ from moco.augment import AUGMENTATIONS, augment, augment_in_chunks, random_crop_
 from moco.data.batches import Crops, crop_generator, loader
 from moco.data.decode import decode_crops, decode_image, read_image
 from moco.errors import UserError
-from moco.fused import augment_fused, compiled_view
+from moco.fused import compiled_augmentation
 
 COLOURS = ("jitter_p", "gray_p", "solarize_p")  # what takes three channels with values in [0, 1]
 
@@ -61,8 +61,7 @@ class FastViews:
         """The views of this process's crops at a step: a list of (n, C, S, S) float32 tensors, channels-last."""
         params = sample_params(self.recipe, order.batch_size, order.seed, step, order.own_rows)
         crops = [crop.to(device, non_blocking=True) for crop in crops]
-        fused = self.compiled is not None
-        on_gpu = partial(augment_fused, fill=compiled_view(**self.compiled)) if fused else augment_in_chunks
+        on_gpu = augment_in_chunks if self.compiled is None else compiled_augmentation(**self.compiled)
         return augment(crops, params, self.mean, self.std, on_gpu)
 
     def check(self, images):
