@@ -1,6 +1,7 @@
-"""Imports run one way, from the method to data, run, backbone and detection, and in no circle."""
+"""Imports run one way, from the method to data, run, backbone and detection; docs/code.md has every file."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 import pytest
@@ -37,3 +38,8 @@ def test_imports_run_in_no_circle():
     for name in graph:  # a package is imported with each of its modules, so its __init__ must not need them in turn
         graph[name] -= {parent for parent in map(".".join, [name.split(".")[:i] for i in range(1, 9)])}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_page_of_files_has_every_one():
+    named = set(re.findall(r"\w+\.py", (ROOT / "docs" / "code.md").read_text()))
+    assert {path.name for path in MODULES.values()} - {"__init__.py", "__main__.py"} <= named
