@@ -192,9 +192,7 @@ def compare_backbone(one, features):
 
 
 def main(script, *flags):
-    given = list(flags)
-    for flag, value in DEFAULTS.items():
-        given += [] if flag in flags else [flag, value]
+    given = [*(word for default in DEFAULTS.items() for word in default), *flags]  # of two values the last counts
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
         folder, outputs = Path(folder), {}

@@ -166,6 +166,11 @@ def test_what_the_check_compares_of_a_backbone(tmp_path):
     assert "gives other features, by" in fault(compare_backbone, tmp_path, tmp_path / "features")
 
 
+def test_given_flags_override_those_of_the_check(tmp_path):
+    code, output = checked(tmp_path, "import sys\nsys.exit(f'flags: {sys.argv}')", "--batch-size=32")
+    assert code == 1 and re.search("flags: .*'--batch-size', '64'.*'--batch-size=32'", output), output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["v2", "simclr"])
 def test_the_check_finds_the_script_right(tmp_path, recipe):
