@@ -48,7 +48,7 @@ def start(tmp_path):
         order = Order(options.pop("batch_size", 8), seed=0, workers=options.pop("workers", 0))
         options = {"total_steps": 10, "checkpoint_every": 4, "keep": 9} | options
         settings = {"data": "numbers", "backbone": "none"} | options.pop("settings", {})
-        model = nn.ModuleDict({"module": module})
+        model = nn.ModuleDict({"module": module} | options.pop("others", {}))
         return Run(tmp_path, Accelerator(cpu=True), model, optimizer, images, order, settings=settings, **options)
 
     yield make
@@ -77,6 +77,14 @@ def test_a_run_logs_means_and_saves_at_the_start_when_due_and_at_the_end(start, 
     saved = complete_checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in saved] == ["step_0", "step_4", "step_8", "step_10"]
     assert [weight_in(path) for path in saved] == [0, 4, 8, 10]
+
+
+def test_a_module_without_numbers_is_saved_like_any_other(start, tmp_path):
+    others = {"activation": nn.ReLU()}
+    run = start(others=others, total_steps=2)
+    for _ in run.steps():
+        take_step(run)
+    assert start(others=others, resume=True).done == 2
 
 
 def test_a_checkpoint_holds_the_weights_of_its_moment(start, tmp_path):

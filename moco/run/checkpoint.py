@@ -56,6 +56,8 @@ def check_equal_state(modules, accelerator):
     all_finite = True
     for name, module in modules.items():
         values = [value.detach() for value in module.state_dict().values()]
+        if not values:  # an activation, say
+            continue
         here = torch.stack([torch.stack([checksum(value), value.isfinite().all().long()]) for value in values])
         sums, finite = accelerator.gather(here[None]).unbind(dim=2)  # (processes, tensors) each
         same = sums.eq(sums[0]) | (finite.eq(0) & finite[0].eq(0))  # diverged on all alike
