@@ -85,8 +85,11 @@ def save_curves(path, metrics, levels=None):
             value, label = levels[name]
             ax.axhline(value, color="black", linestyle="--", linewidth=1, label=label)
             ax.legend()
-    for ax in axes[:-1].flat:
-        ax.set_xlabel("")
+    for ax, below in zip(axes[:-1].flat, axes[1:].flat):
+        if below.axison:
+            ax.set_xlabel("")
+        else:  # the last panel of its column
+            ax.tick_params(labelbottom=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
