@@ -28,6 +28,7 @@ from moco.errors import UserError
 from moco.run.checkpoint import read_metrics
 
 PATHS = [f"hf://datasets/some/one@abc/train-{file}-of-3.parquet" for file in range(3)]
+LIMIT = 1000  # GB; without one the free space of this machine would decide what is kept
 FORK = multiprocessing.get_context("fork")
 
 
@@ -71,7 +72,7 @@ def kept(cache):
 
 
 def test_the_second_epoch_asks_the_network_for_nothing(hub, local, tmp_path):
-    images = images_of(PATHS, RowGroupCache(tmp_path))
+    images = images_of(PATHS, RowGroupCache(tmp_path, LIMIT))
     assert same(epoch_of(images, 0), epoch_of(local, 0)) and len(hub.reads) == 3 + 9
     asked = (len(hub.reads), len(hub.requests))
     assert same(epoch_of(images, 1), epoch_of(local, 1)) and (len(hub.reads), len(hub.requests)) == asked
@@ -103,12 +104,12 @@ def test_without_a_limit_a_tenth_of_the_disk_stays_free(hub, tmp_path, monkeypat
 
 
 def test_files_on_this_disk_are_not_kept_again(local, tmp_path):
-    images = images_of(local.paths, RowGroupCache(tmp_path))
+    images = images_of(local.paths, RowGroupCache(tmp_path, LIMIT))
     assert images[0] and not kept(images.cache)
 
 
 def test_another_choice_of_columns_is_another_row_group(hub, tmp_path):
-    cache = RowGroupCache(tmp_path)
+    cache = RowGroupCache(tmp_path, LIMIT)
     with_label, without = images_of(PATHS, cache), images_of(PATHS, cache, label=None)
     assert with_label[3]["label"] is not None and without[3] == {"image": with_label[3]["image"]}
     assert {name.rsplit("/")[-1] for name in kept(cache)} == {"00000-image-label", "00000-image"}
@@ -125,7 +126,7 @@ def test_no_two_row_groups_have_one_name(tmp_path, parquet_folder):
         "图" * 400,
         "图" * 401,
     ]
-    cache = RowGroupCache(tmp_path)
+    cache = RowGroupCache(tmp_path, LIMIT)
     paths = [cache.path_of(f"hf://datasets/some/one@abc/{quote(file)}", "00000-image") for file in files]
     assert len({*paths}) == len(files) and all(len(part) < 256 for path in paths for part in path.parts)
     for number, path in enumerate(paths):
@@ -138,7 +139,7 @@ def test_columns_with_a_dash_are_other_columns(tmp_path, hub, monkeypatch):
     columns = {"a-b": [b"one"], "a": [b"two"], "b": [3]}
     (hub.root / "datasets" / "some" / "dashes").mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), hub.root / "datasets" / "some" / "dashes" / "train.parquet")
-    paths, cache = ["hf://datasets/some/dashes@abc/train.parquet"], RowGroupCache(tmp_path)
+    paths, cache = ["hf://datasets/some/dashes@abc/train.parquet"], RowGroupCache(tmp_path, LIMIT)
     footers = read_footers(paths, Traffic())
     for _ in range(2):
         assert ParquetImages(paths, footers, "a-b", None, Traffic(), cache)[0]["image"]["bytes"] == b"one"
@@ -151,7 +152,7 @@ def test_columns_with_a_dash_are_other_columns(tmp_path, hub, monkeypatch):
 
 def keep_forever(folder, seed):
     """Write row groups of 20 MB until killed."""
-    cache, data = RowGroupCache(folder), random.Random(seed).randbytes(20_000_000)
+    cache, data = RowGroupCache(folder, LIMIT), random.Random(seed).randbytes(20_000_000)
     for number in itertools.count():
         cache.keep(cache.path_of(PATHS[0], f"{number % 5}-{seed}"), data)
         (cache.folder / "written").touch()
@@ -160,7 +161,7 @@ def keep_forever(folder, seed):
 
 
 def test_a_kill_while_writing_leaves_whole_files_or_none(tmp_path):
-    cache = RowGroupCache(tmp_path)
+    cache = RowGroupCache(tmp_path, LIMIT)
     for attempt in range(8):
         process = FORK.Process(target=keep_forever, args=(tmp_path, attempt))
         process.start()
@@ -194,7 +195,7 @@ def test_two_runs_share_a_folder_and_its_limit(hub, local, tmp_path):
     for process, (receive, _) in zip(processes, ends):
         process.join(timeout=HANG)
         assert process.exitcode == 0 and receive.recv() == [local[row]["label"] for row in range(75)]
-    sizes = kept(RowGroupCache(tmp_path)).values()
+    sizes = kept(RowGroupCache(tmp_path, LIMIT)).values()
     assert limit - max(sizes) <= sum(sizes) <= limit
 
 
@@ -211,7 +212,7 @@ def test_processes_that_write_at_once_spoil_nothing(tmp_path):
         process.start()
     for process in processes:
         process.join(timeout=HANG)
-    cache = RowGroupCache(tmp_path)
+    cache = RowGroupCache(tmp_path, LIMIT)
     assert len(kept(cache)) == 200 and cache.used() == 1_000_000
     for name in kept(cache):
         assert bytes(cache.read(tmp_path / name, 4996)).decode().strip() == name.rsplit("/")[-1]
@@ -222,7 +223,7 @@ def test_processes_that_write_at_once_spoil_nothing(tmp_path):
 
 @pytest.mark.parametrize("damage", ["a bit", "cut", "empty", "longer"])
 def test_a_damaged_file_is_read_anew_and_said_once(hub, local, tmp_path, capfd, damage):
-    images = images_of(PATHS, RowGroupCache(tmp_path))
+    images = images_of(PATHS, RowGroupCache(tmp_path, LIMIT))
     expected = [local[row] for row in range(75)]
     assert [images[row] for row in range(75)] == expected
     path = images.cache.path_of(PATHS[1], "00001-image-label")
@@ -239,7 +240,7 @@ def test_a_damaged_file_is_read_anew_and_said_once(hub, local, tmp_path, capfd, 
 
 def test_a_full_disk_is_said_once_and_the_data_read_without_it(hub, local, tmp_path, capfd):
     (tmp_path / ".partial").symlink_to("/dev/full")
-    images = images_of(PATHS, RowGroupCache(tmp_path))
+    images = images_of(PATHS, RowGroupCache(tmp_path, LIMIT))
     for epoch in range(2):
         assert same(epoch_of(images, epoch), epoch_of(local, epoch))
     said = [line for line in capfd.readouterr().err.splitlines() if "cannot be written" in line]
@@ -281,7 +282,7 @@ def environment_of(hub, output):
 
 def test_a_run_says_what_it_reads_from_where_and_the_probe_reads_the_same_cache(hub, tmp_path):
     command = ("train_moco.py", "--data", "some/one", "--output", tmp_path / "run", *RUN, "--epochs", 3)
-    done = run_script(*command, "--cache", tmp_path / "cache", **environment_of(hub, tmp_path))
+    done = run_script(*command, "--cache", tmp_path / "cache", "--cache-gb", LIMIT, **environment_of(hub, tmp_path))
     assert done.returncode == 0, done.stderr
     assert "stream  3 files, 9 row groups, 0.0 GB an epoch; the Hub resolves 3 addresses an hour\n" in done.stdout
     assert f"cache   {tmp_path / 'cache'}: 0.0 GB are there" in done.stdout
@@ -310,7 +311,7 @@ def test_two_processes_killed_twice_with_a_cache_are_the_run_without_one(hub, pa
     output, environment = tmp_path / "run", environment_of(hub, tmp_path)
     for step, resume in ((3, []), (9, ["--resume"])):
         command = ("train_moco.py", "--data", "some/one", "--output", output, *flags, *resume)
-        process = start_script(*command, "--cache", tmp_path / "cache", processes=2, **environment)
+        process = start_script(*command, "--cache", tmp_path / "cache", "--cache-gb", LIMIT, processes=2, **environment)
         try:
             wait_for_step(process, output, step)
         finally:
