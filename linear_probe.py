@@ -326,7 +326,7 @@ def parse_args():
     where = "linear_probe/ in the backbone's, or in runs/"
     flags.add_run_flags(add, checkpoint_every=5000, log_every=50, default=where)
     add("--evaluate", action="store_true", help="only evaluate the newest complete checkpoint in --output")
-    add("--evaluate-every", type=at_least(1), metavar="EPOCHS", default=10, help="and at the end")
+    add("--evaluate-every", type=at_least(1), metavar="EPOCHS", default=10, help="between tests; also at the end")
 
     parser.set_defaults(data_commit=None)
     early = flags.parse_early(parser)

@@ -319,7 +319,7 @@ def parse_args():
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), metavar="N", default=200, help="passes over the data")
     add("--batch-size", type=at_least(1), metavar="N", default=256, help="images in a step, over all processes")
-    add("--bn-batch", type=at_least(2), metavar="N", default=32, help="of one BatchNorm [%(default)s; simclr: all]")
+    add("--bn-batch", type=at_least(2), metavar="N", default=32, help="sharing BatchNorm [%(default)s; simclr: all]")
     add("--micro-batch", type=at_least(1), metavar="N", help="images in a pass [GPU: what fits; CPU: a million pixels]")
     add("--lr", type=positive, metavar="LR", default=0.03, help="not scaled [%(default)s; simclr: 0.3 x batch / 256]")
     add("--warmup-epochs", type=at_least(0), metavar="N", default=10, help="of schedule warmup-cosine")

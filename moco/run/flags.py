@@ -136,7 +136,7 @@ def run_options(args):
 def add_backbone_flags(add):
     """Where a backbone comes from, for `moco.backbone.load_backbone`."""
     add("--backbone", metavar="SOURCE", help=BACKBONE_HELP)
-    add("--arch", type=architecture, metavar="ARCH", help="or timm/NAME [as the backbone says; random: resnet50]")
+    add("--arch", type=architecture, metavar="ARCH", help="[as the backbone says; random: train_moco.py's default]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder")
 
 
