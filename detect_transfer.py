@@ -179,15 +179,15 @@ def main():
         logged(run.unlogged)
     batches = run.timed(loader(train_images, micro_batches_from(run.done), args.workers))
     for step in run.steps():
-        lr = warmup_step_rate(args.lr, step, milestones, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in optimizer.param_groups:  # each may have a learning rate of its own
+            base_lr = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = warmup_step_rate(base_lr, step, milestones, args.warmup)
         losses = detector_step(detector, optimizer, list(islice(batches, micro_batches)), accelerator)
         run.record(loss=sum(losses.values()), **losses)
 
         evaluates = args.evaluate_every and run.due(args.evaluate_every) and run.done < run.total_steps
         if run.due(args.log_every) or evaluates:
-            (logged if evaluates else run.log)(run.averages(lr=lr))
+            (logged if evaluates else run.log)(run.averages(lr=optimizer.param_groups[0]["lr"]))
         if is_main and run.due(args.checkpoint_every):
             with run.paused_for("picture"):
                 save_detection_curves(args.output / "curves.png", run.metrics)

@@ -172,9 +172,9 @@ def main():
         logged(run.unlogged)
     batches = run.timed(training_batches(args, frozen, digest, sets.train, order, run))
     for step in run.steps():
-        lrs = [rate_at(lr, step, steps_per_epoch, args.epochs, "step") for lr in args.lr]
-        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr
+        for group in optimizer.param_groups:  # one for each classifier
+            base_lr = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = rate_at(base_lr, step, steps_per_epoch, args.epochs, "step")
         (inputs,), labels = next(batches)  # crops (n, S, S, C), or cached features (n, width) float16
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if args.cached_features:
@@ -187,7 +187,7 @@ def main():
 
         if run.due(args.log_every) or run.due(steps_per_epoch):
             evaluates = run.due(args.evaluate_every * steps_per_epoch) and run.done < run.total_steps
-            (logged if evaluates else run.log)(run.averages(lr=lrs))
+            (logged if evaluates else run.log)(run.averages(lr=[group["lr"] for group in optimizer.param_groups]))
 
     # ---- results
     results = probe_results(args.lr, accuracies_on(sets.test), sets.held_out and accuracies_on(sets.held_out))
@@ -232,7 +232,8 @@ def training_batches(args, frozen, digest, train_set, order, run):
     if not args.cached_features or run.done == run.total_steps:
         rows = train_set.training_rows(order, run.done)
         return loader(labelled_crops(train_set, args.image_size, args.seed), rows, args.workers)
-    failed, count = frozen.cache(args.output / "features", digest, train_set)
+    depends_on = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    failed, count = frozen.cache(args.output / "features", digest, train_set, run.origin["data"], depends_on)
     run.check_decoded(failed, len(train_set))
     check_undecodable(count, len(train_set), args.data)  # a cache from before names none
     return loader(CachedFeatures(args.output / "features"), batch_rows(len(train_set), order, run.done), workers=0)

@@ -37,7 +37,14 @@ from moco.errors import UserError, one_line_errors
 from moco.run import flags
 from moco.run.checkpoint import read_metrics
 from moco.run.flags import architecture, at_least, below_one, not_negative, positive, seed
-from moco.run.launch import compile_options, device_in_words, optimizer_in_words, provenance, start_accelerator
+from moco.run.launch import (
+    compile_options,
+    device_in_words,
+    optimizer_in_words,
+    provenance,
+    rates_in_words,
+    start_accelerator,
+)
 from moco.run.memory import micro_batch
 from moco.run.pictures import save_curves, save_views
 from moco.run.run import Run
@@ -160,6 +167,7 @@ def main():
     steps_per_epoch = len(train_set) // args.batch_size
     args.mean, args.std = normalization(train_set, args.mean, args.std)
     views = FastViews(AUGMENTATIONS[args.augment], args.image_size, args.mean, args.std, compile_options(accelerator))
+    args.mean, args.std = views.mean or args.mean, views.std or args.std  # evaluations normalise as the views do
     check_batches(args, views.check(train_set), order.share)
 
     # ---- encoders, queue and optimizer
@@ -195,9 +203,9 @@ def main():
     # ---- training
     batches = run.timed(views.batches(train_set, order, run.done))
     for step in run.steps():
-        lr = rate_at(args.lr, step, steps_per_epoch, args.epochs, args.schedule, args.warmup_epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in optimizer.param_groups:  # each may have a learning rate of its own
+            base_lr = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = rate_at(base_lr, step, steps_per_epoch, args.epochs, args.schedule, args.warmup_epochs)
 
         crops, _ = next(batches)
         images = views.on_device(crops, order, step, device)  # (n, C, S, S) for queries, and for keys
@@ -217,7 +225,7 @@ def main():
             with run.paused_for("picture"):
                 save_views(args.output / "views.png", images, views.mean, views.std)
         if run.due(args.log_every) or run.due(steps_per_epoch):
-            line = run.averages(lr=lr)
+            line = run.averages(lr=optimizer.param_groups[0]["lr"])
             if args.knn_every and run.due(args.knn_every * steps_per_epoch):
                 line |= evaluation()
             run.log(line)
@@ -283,11 +291,17 @@ def leave_results(args, augment, query_encoder, metrics, processes):
     made_for = (args.arch, args.image_size, tag, settings, args.mean, args.std)
     save_backbone(args.output / "backbone", query_encoder, *made_for)
     print(f"backbone, views.png and curves.png are in {args.output}")
-    if scores := [line["knn"] for line in read_metrics(metrics) if "knn" in line]:
-        start = args.init_from["name"] if args.init_from else "the random backbone"
-        print(f"kNN accuracy {scores[-1]:.1f} %\nof {start} at the start {scores[0]:.1f} %")
+    print_knn(read_metrics(metrics), args.init_from["name"] if args.init_from else "the random backbone")
     if args.push_to_hub:
         print(push_backbone(args.output, args.push_to_hub, license=args.license))
+
+
+def print_knn(lines, start):
+    """Print the last kNN accuracy of a log, and that of the `start` if it was measured before the first step."""
+    if scores := {line["step"]: line["knn"] for line in lines if "knn" in line}:
+        print(f"kNN accuracy {scores[max(scores)]:.1f} %")
+        if 0 in scores:
+            print(f"of {start} at the start {scores[0]:.1f} %")
 
 
 # ---- flags
@@ -399,8 +413,8 @@ def print_settings(args, augment, model, train_set, test_set, optimizer, passes,
         f"data    {args.data}: {len(train_set)} images at {args.image_size} pixels, {steps} steps an epoch",
         f"batch   {args.batch_size} = {processes} processes x {passes} passes x {n} images; BatchNorm: {norms}"
         + memory,
-        f"train   {args.epochs} epochs, lr {args.lr} {args.schedule}, {optimizer_in_words(optimizer)}, mixed precision"
-        f" {args.mixed_precision}",
+        f"train   {args.epochs} epochs, lr {rates_in_words(optimizer)} {args.schedule},"
+        f" {optimizer_in_words(optimizer)}, mixed precision {args.mixed_precision}",
         f"device  {device_in_words(args.workers)}",
         f"loss    chance is log({logits_of_query}) = {math.log(logits_of_query):.2f}"
         + ("" if args.simclr else filling),

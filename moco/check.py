@@ -4,9 +4,11 @@ python -m moco.check my_script.py [its flags]
 
 Takes a few steps of the script in float64, where rounding cannot hide a difference: on one process, on two, and killed
 and resumed. All must end with the same numbers. The script runs as it is, with the flags in DEFAULTS unless it is given
-others; only its number of steps is cut. Each fault is one line that says what to look at, and the exit code is then 1.
+others; only its steps are cut, to three over two epochs, and with them what `load_splits` gives it. Each fault is one
+line that says what to look at, and the exit code is then 1.
 """
 
+import argparse
 import json
 import math
 import os
@@ -20,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 STEPS, KILLED_AFTER = 3, 2
+PASS = 16  # images of a pass through the encoder on two processes; on one all go at once
+EPOCH = 2  # steps of an epoch, so that what happens at its end is among them
 INSIDE = "inside"  # in place of a script: this is a process of the check itself
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 TOLERANCE = 1e-9  # of float64 after a few steps, relative to the largest number of a tensor
@@ -30,7 +34,7 @@ DEFAULTS = {
 }  # fmt: skip
 LEGS = {  # what is run: (name, processes, whether it is killed, whether it is resumed)
     "one": ("one process", 1, False, False),
-    "two": ("two processes", 2, False, False),
+    "two": ("two processes, and more passes", 2, False, False),
     "killed": ("one process, to be killed", 1, True, False),
     "resumed": ("the killed run, resumed", 1, False, True),
 }
@@ -45,16 +49,26 @@ class Fault(Exception):
 
 def run_script(script, killed, features, *flags):
     """Run a script in float64 for STEPS steps, and leave features of what it trained in a file for comparison."""
-    from moco.run.run import Run
+    import moco.data.load
+    from moco.run.run import Run, untrained, untrained_in_words
 
     torch.set_default_dtype(torch.float64)
     torch.nn.modules.module.register_module_forward_pre_hook(as_weights)
-    begin, loop, runs = Run.__init__, Run.steps, []
+    begin, loop, load, runs = Run.__init__, Run.steps, moco.data.load.load_splits, []
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--batch-size")
+
+    def few_images(*args, **kwargs):
+        train, test = load(*args, **kwargs)
+        count = EPOCH * int(parser.parse_known_args(flags)[0].batch_size)
+        if isinstance(train, moco.data.load.IndexedImages) and len(train) > count:
+            train = train.select_rows(train.sample(count))
+        return train, test
 
     def cut_begin(self, folder, accelerator, model, optimizer, images, order, total_steps, **options):
         options |= {"checkpoint_every": 1, "keep": STEPS + 1}
         runs.append(self)
-        begin(self, folder, accelerator, model, optimizer, images, order, min(total_steps, STEPS), **options)
+        begin(self, folder, accelerator, model, optimizer, images, order, STEPS, **options)
 
     def cut_loop(self):
         for step in loop(self):
@@ -63,9 +77,11 @@ def run_script(script, killed, features, *flags):
                 os.kill(os.getpid(), 9)
             yield step
 
-    Run.__init__, Run.steps = cut_begin, cut_loop
+    Run.__init__, Run.steps, moco.data.load.load_splits = cut_begin, cut_loop, few_images
     sys.argv, sys.path[0] = [script, *flags], str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")
+    if names := untrained(runs[-1].model, runs[-1].optimizer):
+        sys.exit(f"error: {untrained_in_words(names)}")
     encoder = next((module for module in runs[-1].modules.values() if hasattr(module, "backbone")), None)
     if encoder is not None and os.environ.get("RANK", "0") == "0":
         with torch.no_grad():
@@ -93,7 +109,9 @@ def launch(script, leg, folder, flags):
     """Run one of LEGS. Raises Fault with the script's last line if it ends otherwise than it should."""
     name, processes, killed, resumed = LEGS[leg]
     output = folder / ("killed" if resumed else leg)
-    words = [*flags, "--output", output, *(["--resume"] if resumed else [])]
+    # Two processes also take their images in several passes, so that terms of the loss must be divided by these.
+    words = [*flags, *(["--micro-batch", PASS] if processes > 1 else []), "--output", output]
+    words += ["--resume"] if resumed else []
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [*starter, "-m", "moco.check", INSIDE, script, "yes" if killed else "no", folder / f"{leg}.safetensors"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -142,7 +160,8 @@ def compare_processes(one, two):
             raise Fault(
                 f"one and two processes differ after step {step}, in {name} by {difference:.2g}: look for what is"
                 " computed from this process's images alone, such as labels without the rank's offset, keys that are"
-                " not gathered, or a loss that is no mean over processes; and for randomness that is not of the seed"
+                " not gathered, a loss that is no mean over processes, or a term that is not divided by the passes;"
+                " and for randomness that is not of the seed"
             )
     return f"one and two processes take equal steps (largest difference {difference:.1g})"
 
@@ -152,7 +171,8 @@ def compare_resumed(one, resumed):
     if difference != 0:
         raise Fault(
             f"a killed and resumed run ends elsewhere, in {name} by {difference:.2g}: look for state that is in no"
-            " module handed to Run, and for views or other choices that draw from a global random state"
+            " module handed to Run, such as a scheduler's, and for views or other choices that draw from a global"
+            " random state"
         )
     return "killed and resumed is the uninterrupted run, bit for bit"
 

@@ -4,6 +4,7 @@ A backbone is a torchvision ResNet or, by the name timm/NAME, a model of timm, w
 """
 
 import difflib
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -158,17 +159,28 @@ def build_timm(arch, bn_batch, image_size, channels):
     return model, image_size, width
 
 
+@contextmanager
+def in_eval_mode(module):
+    """Put all parts of a module in eval mode; afterwards each is in its own again, as a frozen BatchNorm has one."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
 @torch.no_grad()
 def feature_width(backbone, image_size, channels):
     """How many features a backbone gives for an image of this size and channels, found by a forward pass of one.
 
     Raises UserError if the backbone does not take such images, or gives anything but (N, width).
     """
-    like, training = next(backbone.parameters()), backbone.training
+    like = next(backbone.parameters())
     what = f"the backbone does not take images of {image_size} pixels with {channels} channels"
-    with explained(what, "choose the --image-size it was built for"):
-        features = backbone.eval()(like.new_zeros(1, channels, image_size, image_size))
-    backbone.train(training)
+    with explained(what, "choose the --image-size it was built for"), in_eval_mode(backbone):
+        features = backbone(like.new_zeros(1, channels, image_size, image_size))
     if not torch.is_tensor(features) or features.dim() != 2:
         shape = list(features.shape) if torch.is_tensor(features) else type(features).__name__
         raise UserError(f"the backbone gives {shape} for one image, not a row of features; choose another --arch")

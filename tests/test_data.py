@@ -99,6 +99,16 @@ def test_parquet_files_and_saved_datasets_are_read_whatever_the_columns_are_call
         np.testing.assert_array_equal(decode_image(train_set[2]["image"]), expected)
 
 
+@pytest.mark.parametrize("format", ["torch", "numpy", "arrow", "pandas"])
+def test_a_format_that_a_dataset_was_saved_with_does_not_matter(tmp_path, format):
+    parquet(tmp_path / "parquet", label=[3, 4, 5, 6])
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    saved.with_format(format, columns=["img"]).save_to_disk(tmp_path / "formatted")
+    images, _ = load_splits(str(tmp_path / "formatted"))
+    assert [images[row]["label"] for row in range(4)] == [3, 4, 5, 6]
+    assert center_crops(images, 16)[[(0, row) for row in range(4)], ()][1].tolist() == [3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
 def test_a_column_of_something_else_is_refused(tmp_path, kind):
     parquet(tmp_path / "parquet", number=[0, 1, 0, 1])

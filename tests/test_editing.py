@@ -84,6 +84,28 @@ def test_an_edit_applies_trains_resumes_exactly_and_can_be_published(title, tmp_
         assert all("distance" in line for line in metrics_of(run))
 
 
+def test_the_normalisation_of_transforms_and_the_rates_of_groups_are_kept(tmp_path, small_folder, capsys):
+    """Evaluations and whoever loads the backbone normalise as the transforms do; the schedule scales each rate."""
+    text = edited(EDITS["Transforms of your own"])
+    for before, after in {
+        "v2.Normalize(args.mean, args.std)": "v2.Normalize([0.5] * 3, [0.25] * 3)",
+        "[transform, transform], args.mean, args.std": "[transform, transform], [0.5] * 3, [0.25] * 3",
+        "        query_encoder.parameters(), args.lr,": "        [{'params': query_encoder.backbone.parameters(),"
+        " 'lr': 1e-4}, {'params': query_encoder.head.parameters()}], args.lr,",
+        "accuracy=accuracy)": "accuracy=accuracy, rates=torch.tensor([g['lr'] for g in optimizer.param_groups]))",
+    }.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (tmp_path / "mine.py").write_text(text)
+    call_main(tmp_path / "mine.py", "--data", small_folder, *FLAGS, "--epochs", 2, "--output", tmp_path / "run")
+    assert "lr 0.0001 and 0.01 cosine" in capsys.readouterr().out
+    lines = metrics_of(tmp_path / "run")
+    assert [line["rates"] for line in lines] == [pytest.approx([1e-4 * x, 1e-2 * x]) for x in (1, 1, 0.5, 0.5)]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-4, 1e-4, 0.5e-4, 0.5e-4])
+    known = json.loads((tmp_path / "run" / "backbone" / "config.json").read_text())["pretrained_cfg"]
+    assert known["mean"] == [0.5] * 3 and known["std"] == [0.25] * 3
+
+
 def test_the_loop_of_the_page_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1].replace("Accelerator(), 20", "Accelerator(), 2")
     done = run_script("-c", code.replace("monitor(query_encoder", "({'knn': 0.0, 'rank': 1.0},) or (query_encoder"))
@@ -115,6 +137,23 @@ DEFECTS = {  # what is planted: (the script's text, what it becomes, what the ch
         "one and two processes differ after step 1",
     ),
     "a queue of this process's keys": ("queue.enqueue(keys)", "queue.enqueue(own_keys)", "queue differs between"),
+    "a term that is not divided by the passes": (
+        "F.cross_entropy(logits, labels) / passes",
+        "F.cross_entropy(logits, labels) / passes + 0.1 * (q - k).square().sum(dim=1).mean()",
+        "one and two processes differ after step 1",
+    ),
+    "a scheduler that starts anew on resume": (
+        "        run.record(loss=loss, accuracy=accuracy)\n",
+        "        run.record(loss=loss, accuracy=accuracy)\n        if run.done % steps_per_epoch == 0:\n"
+        "            optimizer.param_groups[0]['initial_lr'] *= 0.5\n",
+        "a killed and resumed run ends elsewhere",
+    ),
+    "a module that nothing trains": (
+        "    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)\n",
+        "    query_encoder.head.append(nn.Linear(args.dim, args.dim, bias=False))\n"
+        "    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)\n",
+        "query_encoder.head.3.weight get gradients, but stay as they are",
+    ),
     "views from a global random state": (
         "        if args.simclr:\n            loss, accuracy = simclr_step(",
         "        images = [image + 0.01 * torch.randn_like(image) for image in images]\n"

@@ -17,12 +17,15 @@ from torch import nn
 from trajectory import tiny_resnet
 
 from linear_probe import LinearClassifiers, build_optimizer, count_correct, probe_step
+from moco.augment import MEAN, STD
+from moco.backbone.features import Features
 from moco.data.labels import count_classes
 from moco.data.load import load_splits
 from moco.data.shapes import CLASSES, draw_scene, encode_jpeg
+from moco.encoder import build_encoder
 from moco.errors import UserError
 from moco.knn import knn_evaluate, knn_predict
-from moco.run.checkpoint import complete_checkpoints
+from moco.run.checkpoint import complete_checkpoints, read_metrics
 from moco.schedule import learning_rate
 
 SMALL = "--backbone random --arch resnet10 --image-size 32 --epochs 5 --batch-size 16 --mixed-precision no --workers 0"
@@ -240,6 +243,32 @@ def test_more_than_five_percent_undecodable_is_an_error_wherever_images_are_read
         assert f"{len(files) // 2} of {len(files)} images of --data {tmp_path / 'damaged'}" in done.stderr
 
 
+def test_features_that_were_cached_of_other_labels_or_images_are_made_again(labelled, tmp_path):
+    """Where a run that ended before its first checkpoint left them in its folder."""
+    backbone, crops = build_encoder("resnet10", head="fc").backbone, load_splits(labelled)[0]
+    features = Features(backbone, 32, MEAN, STD, 0, Accelerator(cpu=True))
+
+    def cache(data="abc", **settings):
+        features.cache(tmp_path, "digest", crops, data, {"label_column": None} | settings)
+        return (tmp_path / "labels.npy").stat().st_mtime_ns
+
+    first = cache()
+    assert cache() == first
+    assert first < cache("mended") < cache("mended", label_column="fine")
+
+
+def test_a_backbone_that_is_trained_is_evaluated_in_eval_mode(labelled):
+    """Fine-tuning leaves it in training mode, perhaps with BatchNorms that are frozen by eval(); so it stays."""
+    backbone, images = build_encoder("resnet10", head="fc").backbone, load_splits(labelled)[1]
+    features = Features(backbone.eval(), 32, MEAN, STD, 0, Accelerator(cpu=True))
+    expected, statistics = features.all(images, range(20))[0], backbone.bn1.running_mean.clone()
+    backbone.train()
+    backbone.layer1.eval()
+    made = Features(backbone, 32, MEAN, STD, 0, Accelerator(cpu=True)).all(images, range(20))[0]
+    assert made.equal(expected) and backbone.bn1.running_mean.equal(statistics)
+    assert backbone.layer2[0].bn1.training and not backbone.layer1[0].bn1.training
+
+
 def test_a_sigterm_after_the_last_step_ends_the_process():
     """Everything is saved by then; to go on with an evaluation that may take hours would ignore it."""
     code = "import signal; from moco.run.launch import *; catch_signals(); signal.raise_signal(signal.SIGTERM);"
@@ -256,7 +285,6 @@ EDITS = {  # of a copy: what stands there, and what it becomes
         "return torch.optim.SGD(groups,": "return torch.optim.SGD([*groups, {'params': backbone.parameters()}], 1e-3,",
         "def build_optimizer(classifiers,": "def build_optimizer(backbone, classifiers,",
         "build_optimizer(classifiers, args.lr,": "build_optimizer(backbone, classifiers, args.lr,",
-        "zip(optimizer.param_groups, lrs, strict=True)": "zip(optimizer.param_groups, lrs)",
         '{"classifiers": classifiers}': '{"classifiers": classifiers, "backbone": backbone}',
         "with torch.no_grad(), accelerator.autocast():": "with accelerator.autocast():",
     },
@@ -280,3 +308,5 @@ def test_results_are_written_first_whatever_became_of_the_backbone(kind, labelle
             call_main(tmp_path / "linear_probe.py", *flags)
     results = json.loads((run / "results.json").read_text())
     assert not results["frozen"] and 0 <= results["top1"] <= 100
+    if kind == "trained on purpose":
+        assert read_metrics(run / "metrics.jsonl")[-1]["lr"] == [1, 1e-3]  # each group its own

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +17,7 @@ from torch import nn
 from moco.data.order import Order
 from moco.errors import UserError
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
-from moco.run.flags import add_workers_flag
+from moco.run.flags import add_workers_flag, flag_parser, parse_resumed
 from moco.run.launch import device_in_words, stoppable
 from moco.run.run import CHECKPOINT_SECONDS, Run
 
@@ -309,6 +309,36 @@ def test_an_optimizer_of_what_would_not_be_saved_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"trains 2 parameters, of shape 5x3, 5, .* \(encoder\).* lost on resume"):
         Run(tmp_path, Accelerator(cpu=True), nn.ModuleDict({"encoder": encoder}), *arguments)
     Run(tmp_path, Accelerator(cpu=True), nn.ModuleDict({"encoder": encoder, "predictor": predictor}), *arguments)
+
+
+def test_a_parameter_with_gradients_that_nothing_trains_gets_a_line(start, capsys):
+    """Such as a predictor that an edit hands to Run, but not to the optimizer. What is frozen is none."""
+    others = {"predictor": nn.Linear(1, 1), "frozen": nn.Linear(1, 1).requires_grad_(False)}
+    run = start(others=others)
+    for _ in run.steps():
+        run.modules["predictor"](run.modules["module"](torch.ones(1, 1))).sum().backward()
+        run.optimizer.zero_grad()
+        take_step(run)
+    said = capsys.readouterr()
+    assert said.out.count("note    predictor.weight and 1 more get gradients, but stay as they are") == 1
+    run = start(others=others, total_steps=1)
+    others["predictor"].requires_grad_(False).zero_grad()
+    for _ in run.steps():
+        take_step(run)
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_flag_that_was_switched_off_is_resumed_as_it_was(tmp_path, monkeypatch):
+    """Such as one that an edit adds; False has a word of its own if argparse made one."""
+    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_1" / "state.json").write_text('{"sha256": {}}')
+    (tmp_path / "args.json").write_text('{"own_loss": false, "switch": false}')
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    parser = flag_parser("[flags]", "Mine.")
+    parser.add_argument("--own-loss", action=BooleanOptionalAction, default=True)
+    parser.add_argument("--switch", action="store_true")
+    args = parse_resumed(parser, tmp_path, free=set())
+    assert args.own_loss is False and args.switch is False
 
 
 def test_a_step_is_a_step_whatever_accelerate_reads_from_the_environment():

@@ -32,6 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import train_moco
 from moco.augment import AUGMENTATIONS, MEAN, STD
 from moco.data.load import load_splits
 from moco.data.order import Order
@@ -341,6 +342,14 @@ def test_the_run_folder_holds_the_flags_the_log_and_the_pictures(uninterrupted):
     assert times == {"images_per_second", "data_share"} | {f"{what}_seconds" for what in SPENT}
     for name in ("knn", "rank", "uniformity", "alignment"):
         assert [line["step"] for line in lines if name in line] == [0, 8, 16, 20]
+
+
+def test_the_start_is_what_was_measured_before_the_first_step(capsys):
+    lines = [{"step": 0, "knn": 20.0}, {"step": 1, "loss": 3.0}, {"step": 2, "knn": 50.0}]
+    train_moco.print_knn(lines, "the random backbone")
+    assert capsys.readouterr().out == "kNN accuracy 50.0 %\nof the random backbone at the start 20.0 %\n"
+    train_moco.print_knn(lines[1:], "the random backbone")  # resumed with another --knn-every
+    assert capsys.readouterr().out == "kNN accuracy 50.0 %\n"
 
 
 def test_odd_images_without_labels_train_and_are_counted(tmp_path):

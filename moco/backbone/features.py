@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from moco.augment import MEAN, STD, normalize, to_float
 from moco.data.batches import center_crops, loader, ordered_rows
-from moco.encoder import feature_width
+from moco.encoder import feature_width, in_eval_mode
 from moco.errors import UserError
 from moco.jsonfile import reading_json, write_json
 from moco.run.launch import stoppable
@@ -22,8 +22,8 @@ CPU_PIXELS = 2**20  # in such a pass on a CPU, so that a signal is heard within 
 class Features:
     """Features of images under a frozen backbone, of which each process makes its share.
 
-    backbone: in eval mode. size: of the fixed crop of an image. mean, std: of each channel, which it is normalised
-    with. workers: of a process.
+    backbone: put in eval mode for each batch, as one that is trained may not be. size: of the fixed crop of an image.
+    mean, std: of each channel, which it is normalised with. workers: of a process.
     Beside features there are labels, and the undecodable images of this process's share as (name, reason).
     """
 
@@ -56,7 +56,7 @@ class Features:
         for (crops, labels, failed), (first, batch, _) in zip(heard, order):
             if len(batch):
                 images = to_float(crops[0].to(self.device, non_blocking=True))
-                with self.accelerator.autocast():
+                with in_eval_mode(self.backbone), self.accelerator.autocast():
                     pooled = self.backbone(normalize(images, self.mean, self.std))
                 yield first, pooled.float(), labels.to(self.device), failed
 
@@ -89,14 +89,16 @@ class Features:
         undecodable = self.fill((bank, labels), dataset, mine)
         return F.normalize(bank, dim=1, out=bank), labels, undecodable
 
-    def cache(self, folder, digest, dataset):
+    def cache(self, folder, digest, dataset, data, settings):
         """Write features of one fixed crop of each image, float16, and labels to folder/*.npy, for `CachedFeatures`.
 
-        Each process writes its part of the same files. digest: of the backbone; a finished cache is recognised by it.
+        Each process writes its part of the same files. A finished cache is recognised by digest, of the backbone, by
+        data, the fingerprint of the dataset, and by settings, the flags that its rows and labels depend on.
         Returns the undecodable images, and the number of all processes'; for a finished cache, only that.
         Raises UserError if the disk is too full.
         """
         made_of = {"backbone_sha256": digest, "images": len(dataset), "image_size": self.size}
+        made_of |= {"data": data, "settings": settings}
         if (tuple(self.mean), tuple(self.std)) != (MEAN, STD):
             made_of |= {"mean": list(self.mean), "std": list(self.std)}
         paths, done = [folder / "features.npy", folder / "labels.npy"], folder / "cache.json"

@@ -149,7 +149,7 @@ class ArrayImages(ImageRows):
     there are would take too long.
     name: what args.json and the card of a backbone call the data; None for the class of the dataset.
     An image that raises one of UNDECODABLE, or differs in its channels, counts as undecodable.
-    Raises UserError if items are something else, or other pixels each time they are read: random transforms belong into
+    Raises UserError if items are something else, or other pixels each time they are read: random transforms belong in
     `TransformViews`, which seeds them, or a run could not be resumed.
     """
 
@@ -190,6 +190,7 @@ class ArrayImages(ImageRows):
         return len(self.dataset)
 
     def __getitem__(self, row):
+        label = 0 if self.given is None else int(self.given[row])  # if it cannot be read: its neighbour brings its own
         try:
             image, label = self.read(row)
             if image.shape[2] != self.channels or image.dtype != self.dtype:
@@ -197,7 +198,7 @@ class ArrayImages(ImageRows):
             if image.dtype != np.uint8 and not np.isfinite(image).all():
                 raise ValueError("pixels are not finite")
         except UNDECODABLE as error:
-            image, label = error, -1 if self.given is None else int(self.given[row])
+            image = error
         return dict(zip(self.column_names, (image, label)))
 
     def read(self, row):

@@ -268,6 +268,7 @@ def choose_columns(features, name, image_column, label_column):
 def select_columns(dataset, name, image_column, label_column):
     """Keep the image and, if there is one, the label, under those names; images stay encoded."""
     image_column, label_column = choose_columns(dataset.features, name, image_column, label_column)
+    dataset = dataset.with_format(None)  # save_to_disk keeps one, which may hide the labels or make tensors of them
     dataset = dataset.select_columns([image_column] + ([label_column] if label_column else []))
     dataset = dataset.rename_columns({image_column: "image"} | ({label_column: "label"} if label_column else {}))
     what = f"--image-column {image_column} of {name} does not hold images"

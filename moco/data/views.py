@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from moco.augment import AUGMENTATIONS, augment, augment_in_chunks, random_crop_boxes, sample_params
@@ -93,7 +94,8 @@ class TransformViews:
     transforms: functions of a Pillow image, or where an image is no RGB of uint8, of its (H, W, C) array, which return
     a (C, S, S) float tensor, normalised. They may draw from the global generators of torch, numpy and random: these are
     seeded for each view of each image and epoch, and afterwards are as they were before.
-    mean, std: what the transforms normalise with, to draw the pictures in their own colours.
+    mean, std: a number for each channel, what the transforms normalise with. Evaluations normalise alike, and so does
+    whoever loads the backbone. Without them `normalization` chooses, and a line says so.
     """
 
     def __init__(self, transforms, mean=None, std=None):
@@ -128,6 +130,8 @@ class TransformViews:
 
     def check(self, images):
         """The views of the first image. Raises UserError if it has other ones the second time."""
+        if self.mean is None and PartialState().is_main_process:
+            print("note    TransformViews has no mean and std: evaluations may normalise unlike its transforms")
         image = decoded_image(read_image(images, 0)[0])
         views = self.transform(image, 0, 0, 0)
         for number, (view, again) in enumerate(zip(views, self.transform(image, 0, 0, 0))):

@@ -192,9 +192,9 @@ def parse_resumed(parser, output, free):
         shapes.check_version(saved, "shapes")
         begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
         flags = {action.dest: saved[action.dest] for action in parser._actions if action.dest in begun}
-        given = {name: value for name, value in flags.items() if value is not None and value is not False}
+        given = {name: value for name, value in flags.items() if value is not None}
         try:  # as if they were typed, so that they are within their limits
-            typed = vars(parser.parse_args([word for name in given for word in as_words(name, given[name])]))
+            typed = vars(parser.parse_args([word for name in given for word in saved_words(parser, name, given[name])]))
         except UserError as error:
             raise ValueError(error) from error
         for name, value in flags.items():
@@ -219,6 +219,13 @@ def as_words(name, value):
     values = value if isinstance(value, list) else [] if value is True else [value]
     words = (f" {each}" if str(each).startswith("-") else str(each) for each in values)  # or -1e-05 would be a flag
     return [f"--{name.replace('_', '-')}", *words]
+
+
+def saved_words(parser, name, value):
+    """A flag of args.json as words: False is typed by leaving the flag out, or as the --no-name that argparse made."""
+    if value is False:
+        return [word for word in (f"--no-{name.replace('_', '-')}",) if word in parser._option_string_actions]
+    return as_words(name, value)
 
 
 # ---- rules that several scripts share

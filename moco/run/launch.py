@@ -116,6 +116,11 @@ def optimizer_in_words(optimizer):
     return f"{type(optimizer).__name__} with " + ", ".join(words)
 
 
+def rates_in_words(optimizer):
+    """The learning rates that the parameter groups of an optimizer begin with, each once."""
+    return " and ".join(dict.fromkeys(f"{group['lr']:g}" for group in optimizer.param_groups))
+
+
 def threads_were_chosen():
     """Whether the user set OMP_NUM_THREADS. Launchers set it as well, to 1 unless they were told another number."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -101,7 +101,7 @@ def draw_curves(ax, lines, x, title, keys, color=None):
         if points:
             marker = "o" if "AP" in key or key in RARE or len(points) == 1 else None
             ax.plot(*zip(*points, strict=True), label=label, color=color, marker=marker)
-    if len(ax.lines) > 1:
+    if len(ax.lines) > 1 and any(keys.values()):
         ax.legend()
     ax.set_title(title)
     ax.set_xlabel({"step": "iteration"}.get(x, x))

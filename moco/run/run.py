@@ -76,7 +76,7 @@ class Run:
         self.folder, self.settings = Path(folder), settings or {}
         self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
         self.accelerator, self.optimizer, self.finite, self.one_size = accelerator, optimizer, finite, one_size
-        self.modules = dict(model.named_children())
+        self.model, self.modules = model, dict(model.named_children())
         check_trained(model, optimizer)
         self.checkpoint_every, self.keep, self.only_evaluates = checkpoint_every, keep, evaluate
         self.batch_size = order.batch_size
@@ -167,10 +167,13 @@ class Run:
         self.bar = tqdm(total=self.total_steps, initial=self.done, unit="step", disable=silent)
         torch.backends.cudnn.benchmark = self.one_size
         set_patience(STEP_PATIENCE)
-        for step in range(self.done, self.total_steps):
+        first = self.done
+        for step in range(first, self.total_steps):
             self.done, self.started = step + 1, time.perf_counter()
             yield step
             self.bar.update()
+            if step == first and not silent and (names := untrained(self.model, self.optimizer)):
+                tqdm.write(f"note    {untrained_in_words(names)}")
             if self.due(self.checkpoint_every) or self.stopping or self.overdue:
                 self.save()
             if self.stopping:
@@ -381,6 +384,17 @@ def check_trained(model, optimizer):
             f"the optimizer trains {len(lost)} parameters, of shape {shapes}, that are in none of the run's modules"
             f" ({names}) and would be lost on resume; add their module to what is handed to Run"
         )
+
+
+def untrained(model, optimizer):
+    """Names of the model's parameters that a loss gave gradients, but that the optimizer does not train."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in trained]
+
+
+def untrained_in_words(names):
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more} get gradients, but stay as they are: give them to the optimizer, or requires_grad_(False)"
 
 
 def host_copy(tensors):
