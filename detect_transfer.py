@@ -141,7 +141,7 @@ def main():
 
     # ---- detector
     digest = weights_digest(backbone.state_dict())
-    detector, optimizer = prepare_detector(args, backbone, data, accelerator)
+    detector, optimizer = prepare_detector(args, backbone, known, data, accelerator)
     model = nn.ModuleDict({"detector": accelerator.unwrap_model(detector, keep_torch_compile=False)})
     milestones = [round(args.iterations * part) for part in MILESTONES[data.metric]]
 
@@ -203,8 +203,11 @@ def main():
     accelerator.end_training()
 
 
-def prepare_detector(args, backbone, data, accelerator):
-    """The detector and its optimizer, prepared by Accelerate; equal on every process, because their seed is."""
+def prepare_detector(args, backbone, known, data, accelerator):
+    """The detector and its optimizer, prepared by Accelerate; equal on every process, because their seed is.
+
+    backbone, known: of `load_backbone`.
+    """
     torch.manual_seed(args.seed)
     detector = build_detector(
         backbone,
@@ -213,6 +216,7 @@ def prepare_detector(args, backbone, data, accelerator):
         norm="frozen" if args.bn == "frozen" else "batch",
         anchor_sizes=args.anchor_sizes,
         roi_batch=args.roi_batch,
+        **{name: known[name] for name in ("mean", "std") if name in known},
     )
     # CPUs have no SyncBatchNorm: there each process normalises its own images.
     if accelerator.num_processes > 1 and accelerator.device.type != "cpu":

@@ -58,7 +58,8 @@ def knn_evaluate(features, labels, bank, bank_labels, classes, ks, temperature, 
         similarity, nearest = similarity.topk(k, dim=1)
         candidates = candidates.gather(1, nearest)
         for row, each in zip(hits, ks):
-            votes = class_votes(similarity[:, :each], candidates[:, :each], classes, temperature)
+            # Relative to the nearest, which changes no rank; otherwise exp(1 / temperature) overflows below 0.012.
+            votes = class_votes(similarity[:, :each] - similarity[:, :1], candidates[:, :each], classes, temperature)
             score, ranked = votes.topk(min(5, classes), dim=1)
             hit = (ranked == targets[:, None]) & (score > 0)
             row += torch.stack([hit[:, 0].sum(), hit.sum()])

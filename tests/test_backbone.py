@@ -262,6 +262,21 @@ def test_a_run_folder_from_before_an_encoder_had_two_parts(tmp_path):
     assert_same_weights(load_backbone(tmp_path, encoder="key")[0], key)
 
 
+def test_weights_of_an_unfinished_run_say_where_they_are_from(tmp_path):
+    """Not the epochs that were planned; and no local folder is taken for a dataset on the Hub."""
+    encoders = {name: build_encoder("resnet10").state_dict() for name in ("query_encoder", "key_encoder")}
+    save_checkpoint(tmp_path / "run" / "checkpoints", 30, encoders, {"images": 650}, keep=1)
+    settings = {"arch": "resnet10", "image_size": 32, "recipe": "v2", "epochs": 200, "batch_size": 64}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(settings | {"data": "data/photos", "data_commit": None}))
+    convert(tmp_path / "run", tmp_path / "w.pth.tar", "moco")
+    assert torch.load(tmp_path / "w.pth.tar", weights_only=True)["epoch"] == 3
+    for encoder in ("query", "key"):
+        convert(tmp_path / "run", tmp_path / encoder, "timm", encoder=encoder)
+        card = (prepare_folder(tmp_path / encoder, "user/name") / "README.md").read_text()
+        assert f"The weights are those of the {encoder} encoder after step 30 of 2000." in card
+        assert "| data | photos |" in card and "datasets" not in card
+
+
 # ---- models of timm
 
 TIMM = [("timm/vit_tiny_patch16_224", 3), ("timm/convnext_atto", 3), ("timm/convnext_atto", 6), ("resnet10", 6)]
@@ -305,6 +320,15 @@ def test_a_model_of_timm_in_the_file_of_another_program(tmp_path):
     save_file(weights | {"encoder_q.blocks.12.norm1.weight": torch.ones(192)}, tmp_path / "w.safetensors")
     assert "unexpected blocks.12.norm1.weight" in refusal(tmp_path / "w.safetensors", **arguments)
     assert "needs --arch timm/NAME" in refusal(tmp_path / "w.safetensors")
+
+
+def test_a_model_that_is_built_for_one_size_is_converted_at_that(tmp_path):
+    timm = pytest.importorskip("timm")
+    arch = "timm/vit_tiny_patch16_384"
+    torch.save(timm.create_model("vit_tiny_patch16_384", num_classes=0).state_dict(), tmp_path / "v.pth")
+    convert(tmp_path / "v.pth", tmp_path / "v", "timm", arch)
+    backbone, known = load_backbone(tmp_path / "v")
+    assert known["image_size"] == 384 and backbone.eval()(torch.zeros(1, 3, 384, 384)).shape == (1, 192)
 
 
 @pytest.mark.parametrize("to, name", [("torchvision", "r.safetensors"), ("detectron2", "r.pth"), ("moco", "r.pth.tar")])
@@ -362,6 +386,12 @@ def test_a_hostile_pickle_is_refused_without_running(tmp_path, write):
     write({"state_dict": {"conv1.weight": Hostile(str(tmp_path / "ran"))}}, tmp_path / "w.pth.tar")
     assert "could run any code" in refusal(tmp_path / "w.pth.tar")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", [b"torch>=2.11", b"error code: 1010", b"rate limited", b"", b"<html>", b"\x80\x02."])
+def test_a_file_of_no_weights_at_all(tmp_path, text):
+    (tmp_path / "w.pth").write_bytes(text)
+    assert "w.pth is not read" in refusal(tmp_path / "w.pth") or "no state dict" in refusal(tmp_path / "w.pth")
 
 
 def test_a_name_that_is_nowhere():

@@ -19,6 +19,7 @@ from moco.data.batches import loader
 from moco.detection.coco import decode_masks, encode_masks
 from moco.detection.data import VOC_CLASSES, DetectionImages, evaluate_detections, load_detection, resized_shape
 from moco.detection.model import mask_targets
+from moco.detection.pictures import save_detections
 from moco.detection.records import image_size, objects
 from moco.errors import UserError
 
@@ -249,6 +250,23 @@ def test_hub_data_of_another_shape(tmp_path):
     assert "needs the splits train and test" in refused(tmp_path / "train")
     (tmp_path / "empty").mkdir()
     assert "neither a VOCdevkit folder" in refused(tmp_path / "empty")
+    bare = datasets.DatasetDict(train=splits["train"], test=splits["test"].remove_columns("objects"))
+    bare.save_to_disk(str(tmp_path / "bare"))
+    assert "needs the columns image and objects" in refused(tmp_path / "bare")
+    features = splits["test"].features.copy()
+    features["objects"] = renamed(features["objects"])
+    mixed = datasets.DatasetDict(train=splits["train"], test=splits["test"].cast(features))
+    mixed.save_to_disk(str(tmp_path / "mixed"))
+    assert "in test, so one number would mean two classes" in refused(tmp_path / "mixed")
+
+
+def renamed(feature):
+    """A feature whose ClassLabel has its names in another order."""
+    if isinstance(feature, datasets.ClassLabel):
+        return datasets.ClassLabel(names=[*feature.names[1:], feature.names[0]])
+    if isinstance(feature, dict):
+        return {name: renamed(part) for name, part in feature.items()}
+    return type(feature)(renamed(feature.feature)) if hasattr(feature, "feature") else feature
 
 
 @pytest.mark.parametrize("corners", [2, 3, 8])
@@ -303,6 +321,9 @@ def test_boxes_lie_on_images_that_exif_turns(tmp_path, orientation, suffix):
             inside[y1:y2, x1:x2] = True
             red = image[0].int() - image[2].int()
             assert red[inside].float().mean() > 230 and red[~inside].float().mean() < -230
+    nothing = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int), "scores": np.zeros(0)}
+    save_detections(tmp_path / "detections.png", [record], [nothing], ["red"])
+    assert min(Image.open(tmp_path / "detections.png").size) > 100
 
 
 def resize(folder, split, numbers, size):

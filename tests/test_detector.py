@@ -202,6 +202,15 @@ def test_an_output_that_is_not_finite_shows_in_the_losses(detector, numbers):
     assert not sum(losses.values()).isfinite() and losses["loss_classifier"].isfinite()
 
 
+def test_images_are_normalised_as_the_backbones_were():
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
+    detector = build_detector(NarrowResNet(), 2, mean=mean, std=std)
+    batch, _ = detector.transform([255 * torch.tensor(mean).view(3, 1, 1).expand(3, 4, 4)])
+    assert batch.tensors.abs().max() < 1e-6
+    batch, _ = detector.transform([255 * torch.tensor([0.75, 0.6, 0.4]).view(3, 1, 1).expand(3, 4, 4)])
+    torch.testing.assert_close(batch.tensors, torch.ones(1, 3, 4, 4))
+
+
 @pytest.mark.parametrize(
     "make",
     [

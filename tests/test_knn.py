@@ -23,6 +23,7 @@ from moco.data.shapes import CLASSES
 from moco.data.views import FastViews
 from moco.encoder import build_encoder
 from moco.knn import default_k, knn_evaluate, knn_predict
+from moco.run.pictures import nearest_rows
 from moco.spread import alignment, close_pairs, rankme, uniformity
 
 
@@ -62,6 +63,28 @@ def test_scores_equal_the_loop_of_the_definition():
         for i in sorted(range(20), key=lambda i: -cosines[i])[:7]:
             expected[labels[i]] += torch.tensor(cosines[i] / 0.5).exp().item()
         torch.testing.assert_close(row, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.01, 0.001])
+def test_a_low_temperature_does_not_overflow(temperature):
+    """exp(1 / 0.01) is above the largest float32; the nearest then decide, as in float64."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 5
+    bank = F.normalize(torch.eye(5)[labels] + 0.5 * torch.rand(200, 5, generator=generator), dim=1)
+    asked = torch.eye(5)[labels[:50]] + 0.5 * torch.rand(50, 5, generator=generator)
+
+    def top1(kind):
+        arguments = (asked.to(kind), labels[:50], bank.to(kind), labels, 5, [100], temperature, Accelerator(cpu=True))
+        return knn_evaluate(*arguments)[100]["top1"]
+
+    assert top1(torch.float32) == top1(torch.float64) > 80
+
+
+def test_an_image_is_not_its_own_neighbour_but_its_twin_is():
+    features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, dim=0)
+    asked, nearest = nearest_rows(features)
+    assert all(found[0] == row ^ 1 and row not in found for row, found in zip(asked, nearest, strict=True))
+    assert nearest_rows(features[:1]) == ([0], [[]])
 
 
 def test_k_is_cut_to_the_bank():

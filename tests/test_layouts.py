@@ -325,6 +325,25 @@ def test_features_are_written_beside_labels_of_any_kind(tmp_path):
     assert found[0] == found[1] and found[0]["label"] == labels and len(found[0]["feature"]) == 4
 
 
+def test_a_damaged_image_is_nobodys_duplicate(tmp_path):
+    """It has the feature of its neighbour."""
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(IMAGES[i // 2])
+    (tmp_path / "3.jpg").write_bytes(b"damaged")
+    embed(*load_backbone("random", "resnet10"), str(tmp_path), tmp_path / "out.parquet", workers=0, duplicates=0.9999)
+    (line,) = (tmp_path / "out.csv").read_text().splitlines()[1:]
+    assert "0.jpg" in line and "1.jpg" in line
+
+
+@pytest.mark.parametrize("there", ["out.parquet", "out.png", "out.csv", "folder"])
+def test_what_cannot_be_written_is_refused_before_features_are_made(tmp_path, there):
+    (tmp_path / there).write_text("mine")
+    target = tmp_path / there / "out.parquet" if there == "folder" else tmp_path / "out.parquet"
+    with pytest.raises(UserError, match="^OUT [^\\n]*(must not exist yet|cannot be written)[^\\n]*$"):
+        embed(*load_backbone("random", "resnet10"), "nowhere", target, duplicates=0.9)
+    assert (tmp_path / there).read_text() == "mine"
+
+
 # ---- one commit
 
 

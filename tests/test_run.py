@@ -288,6 +288,7 @@ def test_a_signal_during_an_evaluation_saves_the_step_and_the_evaluation_is_made
     assert looked_at == [0, 1, 0, 1, 2, 3] and line["knn"] == 50
     if at:
         assert (line["loss"], line["lr"]) == (2.0, 0.1)
+    assert start(evaluate=True).unlogged is None  # the log is left alone
 
 
 def test_undecodable_images_are_counted_by_epoch(start, tmp_path):

@@ -43,5 +43,5 @@ def convert(source, target, to, arch=None, encoder="query"):
         torch.save({"model": model, "__author__": "MOCO", "matching_heuristics": True}, target)
     else:
         state = {f"module.encoder_q.{key}": value for key, value in weights.items()}
-        epochs = known.get("settings", {}).get("epochs", 0)
+        epochs = known.get("epochs", known.get("settings", {}).get("epochs", 0))
         torch.save({"epoch": epochs, "arch": known["arch"], "state_dict": state}, target)

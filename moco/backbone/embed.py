@@ -1,6 +1,7 @@
 """Features of a folder or dataset as a parquet file, with a picture of nearest neighbours and a list of duplicates."""
 
 import csv
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from moco.backbone.features import Features
 from moco.data.batches import Crops, center_crop_of
 from moco.data.decode import name_of, name_undecodable
 from moco.data.load import load_splits
-from moco.errors import UserError
+from moco.errors import UserError, explained
 from moco.run.pictures import nearest_rows, save_neighbours
 from moco.spread import close_pairs
 
@@ -41,8 +42,12 @@ def embed(backbone, known, data, target, workers=2, duplicates=None):
     Returns how many these are, 0 without. Raises UserError as what it calls does.
     """
     target = Path(target)
-    if target.suffix != ".parquet" or target.exists():
-        raise UserError(f"OUT {target} must end with .parquet, and must not exist yet")
+    files = [target.with_suffix(suffix) for suffix in (".parquet", ".png", *([] if duplicates is None else [".csv"]))]
+    if target.suffix != ".parquet" or any(file.exists() for file in files):
+        raise UserError(f"OUT {target} must end with .parquet, and {', '.join(map(str, files))} must not exist yet")
+    with explained(f"OUT {target} cannot be written", "name another", OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
     accelerator = Accelerator()
     backbone = backbone.eval().to(accelerator.device)
     images, _ = load_splits(data)
@@ -56,22 +61,27 @@ def embed(backbone, known, data, target, workers=2, duplicates=None):
     _, names, labels = zip(*sorted((each for _, rows in told for each in rows), key=lambda each: each[0]))
     columns = {"file": names} | ({"label": labels} if "label" in images.column_names else {})
     columns["feature"] = pa.FixedSizeListArray.from_arrays(features.flatten().cpu().numpy(), features.shape[1])
-    target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), target)
     asked, nearest = nearest_rows(features)
     found = {"nearest neighbours": nearest}
     save_neighbours(target.with_suffix(".png"), images, columns.get("label"), asked, found)
-    return 0 if duplicates is None else write_duplicates(target.with_suffix(".csv"), names, features, duplicates)
+    if duplicates is None:
+        return 0
+    return write_duplicates(files[2], names, features, duplicates, {name for name, _ in failed})
 
 
-def write_duplicates(path, names, features, threshold):
-    """Write a line of CSV for each pair of images above a cosine of `threshold`; returns how many these are."""
+def write_duplicates(path, names, features, threshold, left_out):
+    """Write a line of CSV for each pair of images above a cosine of `threshold`; returns how many these are.
+
+    left_out: names of images whose features are not their own.
+    """
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["file", "duplicate", "cosine"])
         count = 0
         for pairs in close_pairs(features, threshold):
             found = [(names[i], names[j], f"{cosine:.4f}") for i, j, cosine in zip(*(each.tolist() for each in pairs))]
+            found = [line for line in found if left_out.isdisjoint(line)]
             lines.writerows(found)
             count += len(found)
     return count

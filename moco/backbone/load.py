@@ -1,7 +1,6 @@
 """Load a backbone from anywhere: a run, a file of weights, the Hub, torchvision."""
 
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def load_backbone(source, arch=None, encoder="query", seed=0, image_size=None, c
     image_size: for a model of timm that is built for one size, where the source does not say it. channels: of images,
     for "random".
     What is known is a dict with "arch" and "channels" and, if the source says so, "image_size" in pixels, "mean" and
-    "std" of the images, "tag", and the "settings" of its training.
+    "std" of the images, "tag", and the "settings" of its training; of a checkpoint also the "epochs" that it had.
     Raises UserError if the keys or shapes are not exactly those of the architecture.
     """
     if source == "random":
@@ -50,11 +49,12 @@ def load_backbone(source, arch=None, encoder="query", seed=0, image_size=None, c
         image_size = known.get("image_size") or image_size
     else:
         arch, (stem, channels) = fitting_arch(weights, arch, source), stem_of(weights)
-    backbone = build_encoder(arch, head="fc", stem=stem, image_size=image_size, channels=channels).backbone
-    own = backbone.state_dict()
+    built = build_encoder(arch, head="fc", stem=stem, image_size=image_size, channels=channels)
+    backbone, own = built.backbone, built.backbone.state_dict()
     if wrong := mismatches(weights, own):
         raise UserError(f"{source} does not fit --arch {arch}: {few(wrong)}")
     backbone.load_state_dict({key: value for key, value in own.items() if key not in weights} | weights)
+    known = ({"image_size": built.image_size} if built.image_size else {}) | known
     return backbone, known | {"arch": arch, "channels": channels}
 
 
@@ -96,7 +96,7 @@ def read_folder(folder, encoder):
     if saved and encoder == "query":
         known = read_config(saved / "config.json") if (saved / "config.json").exists() else {}
         return read_safetensors(saved / "model.safetensors"), known
-    tensors = load_checkpoint(checkpoints[-1])[0] if checkpoints else {}
+    tensors, state = load_checkpoint(checkpoints[-1]) if checkpoints else ({}, {})
     if "query_encoder" not in tensors:
         raise UserError(
             f"{folder} has no {encoder} encoder: neither backbone/model.safetensors nor a complete checkpoint of"
@@ -107,6 +107,12 @@ def read_folder(folder, encoder):
     with reading_json(folder / "args.json", RESTORE) as settings:
         known = {"arch": settings["arch"], "image_size": int(settings["image_size"]), "settings": settings}
         known |= {name: settings[name] for name in ("mean", "std") if settings.get(name)}
+        if "data" in settings and not settings.get("data_commit"):  # the path is private, and may not lead there here
+            settings["data"] = Path(settings["data"]).name
+        if "images" in state:  # what args.json says of epochs is what was planned
+            epoch = max(1, int(state["images"]) // int(settings["batch_size"]))
+            total, known["epochs"] = epoch * int(settings["epochs"]), int(state["step"]) // epoch
+            settings["taken_from"] = f"the {encoder} encoder after step {state['step']} of {total}"
     weights = tensors[f"{encoder}_encoder"]
     parts = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     return parts or weights, known  # before an encoder had two parts it was a ResNet with the head as its `fc`
@@ -148,7 +154,7 @@ def read_torch_file(path):
     """({key: tensor}, what is known) from a file of torch.save. Only tensors and plain values are read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, as any bytes may be taken for a pickle
         raise UserError(
             f"{path} is not read ({type(error).__name__}): it is no file of torch.save, or damaged, or holds more than"
             " tensors and plain values, which could run any code; name a file of weights"

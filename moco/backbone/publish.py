@@ -22,6 +22,7 @@ PAPERS = {
     "v2": "MoCo v2 ([arXiv:2003.04297](https://arxiv.org/abs/2003.04297))",
     "simclr": "SimCLR ([arXiv:2002.05709](https://arxiv.org/abs/2002.05709))",
 }
+HIDDEN = ("versions", "data_on_hub", "init_from", "taken_from")  # settings that the card tells in other places
 AP_RULES = {
     "voc2007": "VOC2007, 11 points",
     "area": "VOC, area under the curve",
@@ -125,7 +126,7 @@ def model_card(config, results, name, with_curves, license=None):
         model_name=title,
         eval_results=sum(map(evaluations, results), []) or None,
     )
-    shown = {key: value for key, value in settings.items() if key not in ("versions", "data_on_hub", "init_from")}
+    shown = {key: value for key, value in settings.items() if key not in HIDDEN}
     shown |= settings.get("versions", {})
     origin = PAPERS.get(recipe.split("-")[0], f"recipe {recipe} of train_moco.py") if recipe else "imported"
     card = ModelCard.from_template(
@@ -138,6 +139,7 @@ def model_card(config, results, name, with_curves, license=None):
         layers=(config.get("model_args") or {}).get("layers"),  # of resnet10, which torchvision has no name for
         origin=origin,
         start=start and start_in_words(start),
+        taken_from=settings.get("taken_from"),
         channels=channels,
         torchvision=not settings.get("arch", "").startswith(TIMM),
         size=f"{channels} channels and {size}" if channels != 3 else size,

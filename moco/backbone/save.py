@@ -28,9 +28,7 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings, mean=MEAN, s
     which timm does not have.
     """
     backbone = getattr(encoder, "backbone", encoder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu() for key, value in backbone.state_dict().items()}
-    write_tensors(folder / "model.safetensors", weights)
     settings = {name: value for name, value in settings.items() if name not in NOT_PUBLISHED}
     if "data" in settings:  # later, elsewhere, nobody can tell whether it was a local folder
         settings["data"], settings["data_on_hub"] = public_name(settings["data"])
@@ -43,6 +41,8 @@ def save_backbone(folder, encoder, arch, image_size, tag, settings, mean=MEAN, s
     form |= {"crop_pct": 0.875, "crop_mode": "center", "mean": list(mean), "std": list(std), "num_classes": 0}
     width = feature_width(backbone, image_size, channels)
     config |= {"num_classes": 0, "num_features": width, "pretrained_cfg": form, "moco": settings | {"arch": arch}}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", weights)
     write_json(folder / "config.json", config)
 
 

@@ -149,7 +149,19 @@ def hub_records(name, box_format, left_out):
     test = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or test is None:
         raise UserError(f"--data {name} needs the splits train and test (or validation), it has {', '.join(splits)}")
-    features = splits["train"].features
+    classes, tested = (hub_classes(splits[split], name) for split in ("train", test))
+    if tested != classes:
+        raise UserError(
+            f"--data {name}: objects.category names the classes {str(classes)!r:.60} in train, {str(tested)!r:.60} in"
+            f" {test}, so one number would mean two classes; cast both to one ClassLabel"
+        )
+    train, test = ([*hub_split(splits[split], name, box_format, classes, left_out)] for split in ("train", test))
+    return train, test, classes
+
+
+def hub_classes(dataset, name):
+    """The names of the classes of a split. Raises UserError if it lacks a column, or its classes have no names."""
+    features = dataset.features
     fields = getattr(features.get("objects"), "feature", features.get("objects"))
     if "image" not in features or not isinstance(fields, dict) or not {"bbox", "category"} <= fields.keys():
         raise UserError(
@@ -161,8 +173,7 @@ def hub_records(name, box_format, left_out):
         raise UserError(
             f"--data {name}: objects.category is no ClassLabel, so its classes have no names; cast it to one"
         )
-    train, test = ([*hub_split(splits[s], name, box_format, category.names, left_out)] for s in ("train", test))
-    return train, test, category.names
+    return category.names
 
 
 def hub_split(dataset, name, box_format, classes, left_out):

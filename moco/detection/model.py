@@ -27,13 +27,15 @@ POOLED = 14  # ROI_BOX_HEAD.POOLER_RESOLUTION: side of an RoI's features before 
 
 
 def build_detector(
-    backbone, classes, masks=False, norm="batch", anchor_sizes=ANCHOR_SIZES, rpn_batch=256, roi_batch=512
-):
+    backbone, classes, masks=False, norm="batch", anchor_sizes=ANCHOR_SIZES, rpn_batch=256, roi_batch=512, mean=MEAN,
+    std=STD,
+):  # fmt: skip
     """Faster R-CNN C4, or with `masks` Mask R-CNN C4, of a ResNet: layers 1 to 3 below the heads, layer4 in them.
 
     backbone: a torchvision ResNet without head; it is copied. classes: how many, without background.
     norm: "batch" (every BatchNorm trains, with a new one after layer4) or "frozen" (statistics and affine fixed).
     anchor_sizes: sides of the square anchors in pixels. rpn_batch, roi_batch: samples an image in the two losses.
+    mean, std: of each channel in [0, 1], what the backbone's images are normalised with.
     In training `detector(images, targets)` is a dict of losses; each target may hold a "generator" to sample by.
     In evaluation `detector(images)` is a list of {"boxes" at the network's size, "labels" from 1, "scores", "masks"
     (n, 14, 14) probabilities}, to be taken to the image's own size by `rescale`.
@@ -70,7 +72,7 @@ def build_detector(
         detections_per_img=100,
         mask_predictor=MaskPredictor(features, classes) if masks else None,
     )
-    detector = GeneralizedRCNN(body, rpn, heads, Normalize())
+    detector = GeneralizedRCNN(body, rpn, heads, Normalize(mean, std))
     return freeze_norms(detector) if norm == "frozen" else detector
 
 
@@ -124,10 +126,10 @@ class Normalize(nn.Module):
     Stands for GeneralizedRCNNTransform, which resizes by other rules and pads to multiples of 32 (size_divisibility 0).
     """
 
-    def __init__(self):
+    def __init__(self, mean=MEAN, std=STD):
         super().__init__()
-        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images, targets=None):
         sizes = [tuple(image.shape[-2:]) for image in images]

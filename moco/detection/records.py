@@ -73,6 +73,7 @@ def decode_record(record):
     """
     data = encoded_bytes(stored(record))
     image = TURNS.get(orientation(data), np.asarray)(decode_image({"bytes": data, "path": None}))
+    image = np.ascontiguousarray(image)  # torch takes no view of an array that runs backwards
     height, width = image.shape[:2]
     if (width, height) != (record["width"], record["height"]):
         raise ValueError(f"{width} x {height} pixels, annotated as {record['width']} x {record['height']}")

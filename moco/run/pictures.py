@@ -112,7 +112,9 @@ def nearest_rows(features, queries=8, count=6):
     """(rows at equal distances, the nearest others of each by cosine): lists of at most `queries`, and `count` each."""
     x = F.normalize(features, dim=1)
     asked = [i * len(x) // queries for i in range(min(queries, len(x)))]
-    return asked, (x[asked] @ x.T).topk(min(count + 1, len(x)), dim=1).indices[:, 1:].tolist()
+    cosines = x[asked] @ x.T
+    cosines[torch.arange(len(asked)), asked] = -torch.inf  # itself; the most similar would be its twin, if it has one
+    return asked, cosines.topk(min(count, len(x) - 1), dim=1).indices.tolist()
 
 
 def save_neighbours(path, images, labels, asked, found):

@@ -137,7 +137,8 @@ class Run:
             self.check_origin(state, total_steps)
             self.done, self.undecodable = int(state["step"]), int(state["undecodable"])
             self.sums = {name: torch.tensor(total, dtype=torch.double) for name, total in state["sums"].items()}
-            self.summed, self.unlogged = int(state["summed"]), state.get("unlogged")
+            self.summed = int(state["summed"])
+            self.unlogged = None if self.only_evaluates else state.get("unlogged")  # the log is left as it is
             if self.accelerator.scaler is not None and state["scaler"]:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         fault = f"{path} does not fit the flags in {self.folder / 'args.json'}, or the script's modules"
