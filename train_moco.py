@@ -262,8 +262,8 @@ def build_encoders(args, start, channels, share, accelerator):
         queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(accelerator.device)
     if args.bn_batch > share:
         query_encoder = sync_batchnorm(query_encoder)
-    # One pass over the weights; and under fp16 no wait for the device to tell whether a step is to be skipped.
-    fused = accelerator.device.type == "cuda" or None
+    # One pass over the weights. Under fp16 a first step that is skipped would leave the momentum of a fused one unset.
+    fused = (accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16") or None
     optimizer = {"sgd": partial(torch.optim.SGD, fused=fused), "lars": LARS}[args.optimizer](
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,8 +13,8 @@ DAMAGE = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, 
 
 
 def write_json(path, value):
-    """Write JSON so that readers see the old file or the new one, never half of one."""
-    partial = Path(f"{path}.partial")
+    """Write JSON so that readers see the old file or the new one, never half of one, whoever else writes it."""
+    partial = Path(f"{path}.{socket.gethostname()}-{os.getpid()}.partial")  # machines may share the folder
     partial.write_text(json.dumps(value, indent=1) + "\n")
     sync(partial)
     os.replace(partial, path)

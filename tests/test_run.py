@@ -1,5 +1,7 @@
 """Run by itself, around a step of one weight; whole scripts are in test_train.py. pytest tests/test_run.py"""
 
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -11,13 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, metrics_of, run_script
+from conftest import ROOT, metrics_of, run_script, start_script
 from torch import nn
 
 from moco.data.order import Order
 from moco.errors import UserError
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
-from moco.run.flags import add_workers_flag, flag_parser, parse_resumed
+from moco.run.flags import add_workers_flag, flag_parser, lock, parse_resumed
 from moco.run.launch import device_in_words, stoppable
 from moco.run.run import CHECKPOINT_SECONDS, Run
 
@@ -327,6 +329,29 @@ def test_a_parameter_with_gradients_that_nothing_trains_gets_a_line(start, capsy
     for _ in run.steps():
         take_step(run)
     assert "note" not in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    lock(tmp_path)
+    assert capsys.readouterr().out.startswith(
+        f"note    --output {tmp_path} cannot be locked (Function not implemented)"
+    )
+
+
+def test_json_that_several_processes_write_at_once_is_whole(tmp_path):
+    """As machines that share a folder may."""
+    code = "import sys; from moco.jsonfile import write_json\nfor i in range(300): write_json(sys.argv[1], [i] * 999)"
+    both = [start_script("-c", code, tmp_path / "a.json") for _ in range(2)]
+    while any(process.poll() is None for process in both):
+        if (tmp_path / "a.json").exists():
+            assert len(set(json.loads((tmp_path / "a.json").read_text()))) == 1
+    assert [process.communicate()[1] for process in both] == ["", ""] and list(tmp_path.iterdir()) == [
+        tmp_path / "a.json"
+    ]
 
 
 def test_a_flag_that_was_switched_off_is_resumed_as_it_was(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ class Features:
                 images = to_float(crops[0].to(self.device, non_blocking=True))
                 with in_eval_mode(self.backbone), self.accelerator.autocast():
                     pooled = self.backbone(normalize(images, self.mean, self.std))
-                yield first, pooled.float(), labels.to(self.device), failed
+                yield first, pooled.float(), labels.to(self.device, non_blocking=True), failed
 
     def fill(self, out, dataset, rows, crops=None):
         """Write features and labels of `rows` over the first rows of two tensors or arrays; returns the undecodable."""

@@ -1,6 +1,7 @@
 """Command-line flags: limits stand beside each flag, mistakes are one line, and a resumed run remembers its flags."""
 
 import argparse
+import errno
 import fcntl
 import os
 import re
@@ -279,6 +280,9 @@ def lock(folder):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by data workers, which may outlive the process
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # as some cluster's file systems have no locks
+            print(f"note    --output {folder} cannot be locked ({error.strerror}): start no second run in it")
+            return
         file.seek(0)
         holder = file.read().strip() or "another process"
         raise UserError(
