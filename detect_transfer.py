@@ -126,7 +126,7 @@ def main():
     check_args(args, world)
 
     # ---- data
-    with accelerator.local_main_process_first():  # one process a machine downloads, the others find it there
+    with accelerator.local_main_process_first():  # one process per machine downloads, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed)
         check_resnet(backbone)
         shapes.check_version(known.get("settings", {}), args.data)
@@ -168,15 +168,14 @@ def main():
         model["detector"].train()
         return predictions, evaluate_detections(data, predictions) if is_main else None
 
-    def logged(line):
-        """Log a line with the scores of this moment."""
+    def evaluation():
         with run.paused_for("evaluation"):
             _, scores = detections()
-        run.log(line | (main_scores(scores) if is_main else {}))
+        return main_scores(scores) if is_main else {}
 
     # ---- training
     if run.unlogged:
-        logged(run.unlogged)
+        run.log(run.unlogged | evaluation())
     batches = run.timed(loader(train_images, micro_batches_from(run.done), args.workers))
     for step in run.steps():
         for group in optimizer.param_groups:  # each may have a learning rate of its own
@@ -187,7 +186,10 @@ def main():
 
         evaluates = args.evaluate_every and run.due(args.evaluate_every) and run.done < run.total_steps
         if run.due(args.log_every) or evaluates:
-            (logged if evaluates else run.log)(run.averages(lr=optimizer.param_groups[0]["lr"]))
+            line = run.averages(lr=optimizer.param_groups[0]["lr"])
+            if evaluates:
+                line |= evaluation()
+            run.log(line)
         if is_main and run.due(args.checkpoint_every):
             with run.paused_for("picture"):
                 save_detection_curves(args.output / "curves.png", run.metrics)

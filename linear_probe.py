@@ -123,7 +123,7 @@ def main():
     check_args(args, world)
 
     # ---- data
-    with accelerator.local_main_process_first():  # one process a machine downloads or draws, the others find it there
+    with accelerator.local_main_process_first():  # one process per machine downloads or draws, the others find it there
         backbone, known = load_backbone(args.backbone, args.arch, args.encoder, args.seed, args.image_size)
         shapes.check_version(known.get("settings", {}), args.data)
     sets = load_sets(args)
@@ -161,15 +161,14 @@ def main():
         run.check_decoded(failed, len(dataset))
         return accuracies
 
-    def logged(line):
-        """Log a line with the accuracies of this moment."""
+    def evaluation():
         with run.paused_for("evaluation"):
             top1, top5 = map(list, zip(*accuracies_on(sets.test)))
-        run.log(line | {"top1": top1, "top5": top5})
+        return {"top1": top1, "top5": top5}
 
     # ---- training
     if run.unlogged:
-        logged(run.unlogged)
+        run.log(run.unlogged | evaluation())
     batches = run.timed(training_batches(args, frozen, digest, sets.train, order, run))
     for step in run.steps():
         for group in optimizer.param_groups:  # one for each classifier
@@ -186,8 +185,10 @@ def main():
         run.record(loss=losses, accuracy=accuracies)  # a number for each classifier
 
         if run.due(args.log_every) or run.due(steps_per_epoch):
-            evaluates = run.due(args.evaluate_every * steps_per_epoch) and run.done < run.total_steps
-            (logged if evaluates else run.log)(run.averages(lr=[group["lr"] for group in optimizer.param_groups]))
+            line = run.averages(lr=[group["lr"] for group in optimizer.param_groups])
+            if run.due(args.evaluate_every * steps_per_epoch) and run.done < run.total_steps:
+                line |= evaluation()
+            run.log(line)
 
     # ---- results
     results = probe_results(args.lr, accuracies_on(sets.test), sets.held_out and accuracies_on(sets.held_out))
@@ -295,7 +296,7 @@ def described(args, sets, run):
     return {
         "data": data, "data_on_hub": on_hub, "classes": sets.classes, "train_images": len(sets.train),
         "held_out_images": len(sets.held_out or ()), "validation_images": len(sets.test),
-        "approximate": args.cached_features, "epochs": args.epochs, "steps": run.total_steps,
+        "approximate": args.cached_features, "epochs": run.total_steps // run.steps_per_epoch, "steps": run.total_steps,
         "undecodable": len(run.named), "settings": vars(args) | {"output": str(args.output)},
     }  # fmt: skip
 

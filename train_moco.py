@@ -99,8 +99,8 @@ def moco_step(
 ):
     """A training step of MoCo: Algorithm 1 of arXiv:1911.05722, with shuffled BatchNorm.
 
-    views: this process's query and key images, (n, C, S, S) each; N = n x processes is the global batch.
-    shuffle: (N,), the permutation in which keys are encoded. images_per_pass: of a forward pass, a divisor of n.
+    views: this process's query and key images, (n, channels, S, S) each; N = n x processes is the global batch.
+    shuffle: (N,), the permutation in which keys are encoded. images_per_pass: images of a forward pass; divides n.
     Returns the loss and the accuracy in percent (how often the positive scores highest) of this process's images.
     """
     query_images, key_images = views
@@ -143,7 +143,7 @@ def simclr_step(encoder, optimizer, views, accelerator, *, temperature, bn_batch
     first, second = (gather_with_gradient(torch.cat(z), accelerator) for z in zip(*pairs))  # (N, C) each
     logits, labels = nt_xent_logits(first, second, temperature)  # (2N, 2N - 1), (2N,)
     loss = F.cross_entropy(logits, labels)
-    accelerator.backward(loss * accelerator.num_processes)  # DDP averages what are parts of a sum here
+    accelerator.backward(loss * accelerator.num_processes)  # each process has a part of the sum, which DDP divides
     optimizer.step()
     optimizer.zero_grad()
     average_batchnorm((encoder,), accelerator)
@@ -155,8 +155,8 @@ def main():
     accelerator = start_accelerator(args, log_with=args.tracker, project_dir=args.output)
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world = accelerator.process_index, accelerator.num_processes
-    start = read_start(args, accelerator)
     check_args(args, world, device.type)
+    start = read_start(args, accelerator)
 
     # ---- data
     train_set, test_set = load_splits(args.data, **flags.data_options(args))
@@ -175,9 +175,12 @@ def main():
     query_encoder, key_encoder, queue, optimizer = parts
     model = nn.ModuleDict({"query_encoder": accelerator.unwrap_model(query_encoder, keep_torch_compile=False)})
     model.update({} if args.simclr else {"key_encoder": key_encoder, "queue": queue})  # all that a run must keep
-    given = args.micro_batch or (order.share if args.simclr else None)  # SimCLR needs the whole batch at once
-    args.micro_batch, memory = micro_batch(given, query_encoder, train_set.channels, args.image_size, accelerator)
-    pass_size = images_per_pass(order.share, args.bn_batch, args.micro_batch)
+    if args.simclr:  # a pass for each BatchNorm group, whose activations are kept until all are made
+        pass_size, memory = min(order.share, args.bn_batch), ""
+    else:
+        parts = (args.micro_batch, query_encoder, train_set.channels, args.image_size, accelerator)
+        args.micro_batch, memory = micro_batch(*parts)
+        pass_size = images_per_pass(order.share, args.bn_batch, args.micro_batch)
     logits_of_query = 2 * args.batch_size - 1 if args.simclr else 1 + args.queue_size  # chance is their logarithm
 
     # ---- the run
@@ -208,7 +211,7 @@ def main():
             group["lr"] = rate_at(base_lr, step, steps_per_epoch, args.epochs, args.schedule, args.warmup_epochs)
 
         crops, _ = next(batches)
-        images = views.on_device(crops, order, step, device)  # (n, C, S, S) for queries, and for keys
+        images = views.on_device(crops, order, step, device)  # (n, channels, S, S) for queries, and for keys
         if args.simclr:
             loss, accuracy = simclr_step(
                 query_encoder, optimizer, images, accelerator, temperature=args.temperature, bn_batch=args.bn_batch
@@ -262,7 +265,8 @@ def build_encoders(args, start, channels, share, accelerator):
         queue = KeyQueue(args.queue_size, args.dim, torch.Generator().manual_seed(args.seed)).to(accelerator.device)
     if args.bn_batch > share:
         query_encoder = sync_batchnorm(query_encoder)
-    # One pass over the weights. Under fp16 a first step that is skipped would leave the momentum of a fused one unset.
+    # A fused optimizer reads the weights once. Not under fp16: if the first step is skipped, its momentum stays unset.
+    # None rather than False, which would also turn off PyTorch's next best, foreach.
     fused = (accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16") or None
     optimizer = {"sgd": partial(torch.optim.SGD, fused=fused), "lars": LARS}[args.optimizer](
         query_encoder.parameters(), args.lr, momentum=args.sgd_momentum, weight_decay=args.weight_decay
@@ -328,7 +332,7 @@ def parse_args():
     add("--dim", type=at_least(1), metavar="C", default=128, help="width of queries and keys")
     add("--queue-size", type=at_least(1), metavar="K", default=65536, help="keys to keep [%(default)s; simclr: none]")
     add("--init", metavar="SOURCE", help="start from this backbone: what linear_probe.py's --backbone takes [random]")
-    add("--init-head", action="store_true", help="and from its projection head, which must fit --head and --dim")
+    add("--init-head", action="store_true", help="also from its projection head, which must fit --head and --dim")
     add("--encoder-momentum", type=below_one, metavar="M", default=0.999, help="of the key encoder")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=at_least(1), metavar="N", default=200, help="passes over the data")
@@ -403,9 +407,10 @@ def print_settings(args, augment, model, train_set, test_set, optimizer, passes,
     norms = batchnorm_in_words(model["query_encoder"], args.bn_batch)
     moco = f", encoder momentum {args.encoder_momentum}, queue of {args.queue_size} keys"
     filling = f"; lower for {-(-args.queue_size // args.batch_size)} steps, while the queue fills"
-    labelled, split, every = has_labels(train_set), "test" if test_set else "training", args.knn_every
-    no_labels = "; kNN off: no column of labels (whole numbers from 0 on), or several: name one with --label-column"
-    seen = f"{'kNN, ' * labelled}rank, uniformity and alignment every {every} epochs, of {split} images"
+    labelled, every = has_labels(train_set), args.knn_every
+    split = "test images" if test_set else "held-out training images" if labelled else "training images"
+    no_labels = "" if labelled else "; kNN off: no integer label column, or several: choose one with --label-column"
+    seen = f"{'kNN, ' * labelled}rank, uniformity and alignment every {every} epochs, on {split}"
     print(
         f"recipe  {args.recipe}: {args.head} head, {augment} augmentation, temperature {args.temperature}",
         f"model   {args.arch}, {stem}{args.dim} dimensions" + ("" if args.simclr else moco),
@@ -418,7 +423,7 @@ def print_settings(args, augment, model, train_set, test_set, optimizer, passes,
         f"device  {device_in_words(args.workers)}",
         f"loss    chance is log({logits_of_query}) = {math.log(logits_of_query):.2f}"
         + ("" if args.simclr else filling),
-        "monitor " + (seen + (" held out" if labelled else no_labels) if every else "off"),
+        "monitor " + (seen + no_labels if every else "off"),
         f"output  {args.output}",
         sep="\n",
     )

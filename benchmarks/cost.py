@@ -3,9 +3,9 @@
 python benchmarks/cost.py                                                            ResNet-50, 224 pixels, bfloat16
 python benchmarks/cost.py --arch resnet10 --size 32 --batches 64 256 --images 6000   small, for a CPU
 
-MoCo takes a batch in BatchNorm groups of 32, so activations are those of a group. End-to-end holds the whole batch on
-this GPU; in the paper each of 8 GPUs holds an eighth of it. What does not fit says so. Hours are for 200 epochs of
---images, from the median step without data loading and augmentation.
+MoCo takes a batch in passes of 32 images, which are BatchNorm groups, so activations are those of 32. End-to-end holds
+the whole batch on this GPU; in the paper each of 8 GPUs holds an eighth of it. What does not fit says so. Hours are for
+200 epochs of --images, from the median step without data loading and augmentation.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def measure(method, arch, size, batch, queue_size, rounds):
     """(MB, milliseconds) of one method's step, or None if it does not fit."""
     try:
         if method == "MoCo":
-            step = our_step(arch, size, batch, queue_size, "bf16", bn_batch=32)
+            step = our_step(arch, size, batch, queue_size, "bf16", bn_batch=32, images_per_pass=32)
         else:
             step = end_to_end_step(arch, size, batch, "bf16")
         memory = measured_memory(step)

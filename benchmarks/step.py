@@ -5,7 +5,7 @@ python benchmarks/step.py --arch resnet50 --size 224 --batch 256 --bn-batch 32 6
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 benchmarks/step.py    what it costs that processes work together
 
 Plain: float32, contiguous, the whole batch at once, the momentum update a loop over parameters, a queue of columns.
-Ours: channels-last, BatchNorm groups with accumulation, one fused update. Each also under autocast to bfloat16; on GPUs
+Ours: channels-last, BatchNorm over groups of one pass, one fused update. Each also under autocast to bfloat16; on GPUs
 since Ampere float32's convolutions are TF32, PyTorch's default. Supervised: one encoder and a classifier in our
 settings, which has 3/4 of MoCo's operations. The augmentation is not in the steps but measured by itself. All variants
 take turns in one process; medians are printed, and ratios to plain. Linux only, for the memory.
@@ -126,8 +126,13 @@ def prepared(encoder, precision, compiled=False):
     return encoder
 
 
-def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=None, compiled=False):
-    """A function that takes `moco_step`, on random images of each process unless it is given others."""
+def our_step(
+    arch, size, batch, queue_size, precision, bn_batch, accelerator=None, compiled=False, images_per_pass=None
+):  # fmt: skip
+    """A function that takes `moco_step`, on random images of each process unless it is given others.
+
+    images_per_pass: the whole batch if it is None.
+    """
     accelerator = accelerator or alone(precision)
     torch.manual_seed(0)
     query_encoder = build_encoder(arch, bn_batch=bn_batch).to(DEVICE, memory_format=torch.channels_last)
@@ -148,7 +153,7 @@ def our_step(arch, size, batch, queue_size, precision, bn_batch, accelerator=Non
         moco_step(
             query_encoder, key_encoder, queue, optimizer, views,
             shuffle_order(0, next(numbers), accelerator.num_processes * batch), accelerator,
-            temperature=0.2, encoder_momentum=0.999, images_per_pass=batch,
+            temperature=0.2, encoder_momentum=0.999, images_per_pass=images_per_pass or batch,
         )  # fmt: skip
 
     return step

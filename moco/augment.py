@@ -236,7 +236,7 @@ def gaussian_blur(x, sigma):
     """Blur each image with its own sigma, in pixels; borders are reflected. As torchvision's, which takes one sigma."""
     n, channels, height, width = x.shape
     half = blur_taps(width)
-    kernel = blur_kernel(sigma.view(n, 1), half).repeat_interleave(channels, dim=0)  # (N * 3, taps)
+    kernel = blur_kernel(sigma.view(n, 1), half).repeat_interleave(channels, dim=0)  # (n * channels, taps)
     planes = F.pad(x.view(1, n * channels, height, width), (half,) * 4, mode="reflect")
     planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
     return F.conv2d(planes, kernel[:, None, None, :], groups=n * channels).view_as(x)

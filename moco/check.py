@@ -4,8 +4,8 @@ python -m moco.check my_script.py [its flags]
 
 Takes a few steps of the script in float64, where rounding cannot hide a difference: on one process, on two, and killed
 and resumed. All must end with the same numbers. The script runs as it is, with the flags in DEFAULTS unless it is given
-others; only its steps are cut, to three over two epochs, and with them what `load_splits` gives it. Each fault is one
-line that says what to look at, and the exit code is then 1.
+others; only its steps are cut, to four, and the images that `load_splits` gives it one by one, to two epochs of these.
+Each fault is one line that says what to look at, and the exit code is then 1.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-STEPS, KILLED_AFTER = 3, 2
-PASS = 16  # images of a pass through the encoder on two processes; on one all go at once
-EPOCH = 2  # steps of an epoch, so that what happens at its end is among them
+STEPS, KILLED_AFTER = 4, 3  # killed within the second epoch
+MICRO_BATCH = 16  # images of a pass through the encoder on two processes; on one all go at once
+STEPS_PER_EPOCH = 2  # so that what happens at its end is among them
 INSIDE = "inside"  # in place of a script: this is a process of the check itself
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 TOLERANCE = 1e-9  # of float64 after a few steps, relative to the largest number of a tensor
@@ -60,7 +60,7 @@ def run_script(script, killed, features, *flags):
 
     def few_images(*args, **kwargs):
         train, test = load(*args, **kwargs)
-        count = EPOCH * int(parser.parse_known_args(flags)[0].batch_size)
+        count = STEPS_PER_EPOCH * int(parser.parse_known_args(flags)[0].batch_size)
         if isinstance(train, moco.data.load.IndexedImages) and len(train) > count:
             train = train.select_rows(train.sample(count))
         return train, test
@@ -110,7 +110,7 @@ def launch(script, leg, folder, flags):
     name, processes, killed, resumed = LEGS[leg]
     output = folder / ("killed" if resumed else leg)
     # Two processes also take their images in several passes, so that terms of the loss must be divided by these.
-    words = [*flags, *(["--micro-batch", PASS] if processes > 1 else []), "--output", output]
+    words = [*flags, *(["--micro-batch", MICRO_BATCH] if processes > 1 else []), "--output", output]
     words += ["--resume"] if resumed else []
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [*starter, "-m", "moco.check", INSIDE, script, "yes" if killed else "no", folder / f"{leg}.safetensors"]
@@ -237,7 +237,7 @@ def main(script, *flags):
                 print(f"FAULT   {fault}", flush=True)
                 if "one" not in outputs:
                     break
-    print(f"{script}: {'right' if not faults else f'{faults} faults'}")
+    print(f"{script}: {f'{faults} fault' + 's' * (faults > 1) if faults else 'right'}")
     sys.exit(bool(faults))
 
 
@@ -247,6 +247,6 @@ if __name__ == "__main__":
     elif len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
     elif not Path(sys.argv[1]).is_file():
-        sys.exit(f"error: {sys.argv[1]} is no file; name your copy of train_moco.py")
+        sys.exit(f"error: {sys.argv[1]} is not a file; name your copy of train_moco.py")
     else:
         main(*sys.argv[1:])

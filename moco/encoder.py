@@ -33,7 +33,9 @@ def check_arch(arch):
         names = timm.list_models()
         if arch.removeprefix(TIMM) not in names:
             nearest = difflib.get_close_matches(arch.removeprefix(TIMM), names, 5, cutoff=0)
-            raise UserError(f"{arch} is no model of timm; the nearest are {', '.join(TIMM + name for name in nearest)}")
+            raise UserError(
+                f"{arch} is not a model of timm; the nearest are {', '.join(TIMM + name for name in nearest)}"
+            )
     elif arch not in resnet_names():
         raise UserError(f"{arch} is none of {', '.join(resnet_names())}; a model of timm is timm/NAME")
 
@@ -331,7 +333,7 @@ def average_tensors(tensors, accelerator):
 
 @torch.no_grad()
 def average_batchnorm(modules, accelerator):
-    """Replace BatchNorm's running statistics by their mean over processes, in place.
+    """Replace all floating-point buffers, BatchNorm's running statistics, by their mean over processes, in place.
 
     Called after each step, this keeps the whole state of a run equal on every process, so that any of them can evaluate
     or save it. It sends 0.4 MB for two ResNet-50; the gradients are 112 MB.

@@ -1,4 +1,4 @@
-"""The one error that users see as a line instead of a traceback, and what else ends a script in one line."""
+"""UserError, which users see as a line instead of a traceback, and what ends a script with such a line."""
 
 import errno
 import io
@@ -11,7 +11,7 @@ import torch
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message names the value, the limit and the remedy, in one line.
+    """Something the user can correct. The message names the value, the limit and the remedy, in one line.
 
     alone: whether one process may meet it while the others do not, and so has to print it itself.
     """
@@ -44,7 +44,7 @@ def explained(what, remedy, *kinds, alone=False):
 
 @contextmanager
 def one_line_errors():
-    """Around a script's main: what the user can mend, memory, a full disk and Ctrl-C end it in one line on stderr.
+    """Around a script's main: what the user can correct, memory, a full disk and Ctrl-C end it in one line on stderr.
 
     Exit code 2, after Ctrl-C 130. Every process meets most mistakes, and one for each machine prints them.
     """

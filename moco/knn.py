@@ -17,7 +17,7 @@ def knn_predict(features, bank, bank_labels, classes, k=200, temperature=0.07):
 
     features: (N, D). bank: (M, D), M >= 1. bank_labels: (M,) int64 below `classes`. k is cut to M.
     Returns (N, classes) scores; a class without a vote has 0. `knn_evaluate` does the same for processes that share the
-    bank.
+    bank, and for temperatures at which exp(1 / temperature) overflows.
     Source: arXiv:1805.01978, section 3.4.
     """
     features, bank = F.normalize(features, dim=1), F.normalize(bank, dim=1)
@@ -40,8 +40,8 @@ def knn_evaluate(features, labels, bank, bank_labels, classes, ks, temperature, 
     """Top-1 and top-5 of kNN in percent, for each k of `ks`: {k: {"top1": ..., "top5": ...}}.
 
     features (N, D) and labels (N,): the same on every process. bank (m, D), L2-normalised, and bank_labels (m,): this
-    process's own part. Of 1.28 million ImageNet features of ResNet-50 that is 10.5 GB over the number of processes,
-    and each keeps a chunk of its similarities at a time. A class without a vote is in no top 5.
+    process's own part. ImageNet's (1.28 million features of ResNet-50) takes 10.5 GB, divided among the processes, and
+    each keeps a chunk of its similarities at a time. A class without a vote is in no top 5.
     """
     features, k = F.normalize(features, dim=1), max(ks)
     sizes = accelerator.gather(torch.tensor([len(bank)], device=bank.device))

@@ -44,9 +44,10 @@ def exchange_rows(images, shuffle, accelerator):
 def encode_keys(key_encoder, images, shuffle, images_per_pass, accelerator):
     """Keys of the global batch, encoded in shuffled order over all processes.
 
-    images: this process's (N, 3, H, W). shuffle: a permutation of the global batch, equal on all processes.
+    images: this process's (n, channels, S, S). shuffle: a permutation of the global batch, equal on all processes.
     images_per_pass: images in a forward pass.
-    Returns all keys (global N, C) in sample order, L2-normalised, float32 (float64 from a float64 encoder).
+    Returns all keys (N, C), N = n x processes, in sample order, L2-normalised, float32 (float64 from a float64
+    encoder).
     Raises ValueError if the sizes do not divide.
     Source: arXiv:1911.05722, section 3.3, with BatchNorm groups in the place of GPUs.
     """

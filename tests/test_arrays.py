@@ -183,6 +183,7 @@ def test_a_row_that_differs_or_cannot_be_read_is_an_undecodable_one():
         ("row 9", "ValueError: 4 channels of uint8, unlike image 0"),
     ]
     assert labels.tolist() == [4 % 3, 6 % 3, 10 % 3, 10 % 3]
+    assert ArrayImages([(SIX[0], 0), (SIX[1], None)]).label_range() == (-1, 0)
     assert images.label_range() == (0, 2)  # there are labels, whatever those of the two are
     holes = SIX.copy()
     holes[3, 0, 0, 0] = np.nan

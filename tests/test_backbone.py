@@ -90,6 +90,8 @@ def test_what_pretraining_starts_from_names_stem_statistics_and_license(tmp_path
     assert_same_weights(query.backbone, encoder)
     assert (args.arch, args.stem, args.mean) == ("resnet10", "small", [0.5] * 3)
     assert args.init_from["license"] == "mit" and not args.init_from["on_hub"]
+    *_, alone = begun(monkeypatch, "--init", tmp_path / "run", "--mean", 0.1, 0.1, 0.1)
+    assert alone.std is None  # refused later, as without --init; not completed from the source
     for on_hub in (False, True):
         settings = vars(args) | {"init_from": args.init_from | {"on_hub": on_hub}}
         save_backbone(tmp_path / "next", query, args.arch, 32, "m", settings, args.mean, args.std)
@@ -275,6 +277,8 @@ def test_weights_of_an_unfinished_run_say_where_they_are_from(tmp_path):
         card = (prepare_folder(tmp_path / encoder, "user/name") / "README.md").read_text()
         assert f"The weights are those of the {encoder} encoder after step 30 of 2000." in card
         assert "| data | photos |" in card and "datasets" not in card
+    (tmp_path / "run" / "args.json").write_text('{"arch": "resnet10", "image_size": 32}')  # of a script of one's own
+    assert load_backbone(tmp_path / "run")[1]["arch"] == "resnet10"
 
 
 # ---- models of timm

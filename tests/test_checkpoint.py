@@ -78,6 +78,22 @@ def test_a_folder_that_was_being_written_is_no_checkpoint_and_is_written_anew(tm
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
 
 
+def test_a_kill_while_the_same_step_is_saved_again_leaves_a_checkpoint(tmp_path, monkeypatch):
+    """As a resumed run does first."""
+    save_checkpoint(tmp_path, 1, tensors(), {}, keep=1)
+
+    def killed(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moco.run.checkpoint.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 1, tensors(), {}, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_1"]
+    save_checkpoint(tmp_path, 2, tensors(), {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
+
+
 @pytest.mark.parametrize("damaged", ["state.json", "queue.safetensors"])
 def test_damage_is_named_with_the_remedy(tmp_path, damaged):
     save_checkpoint(tmp_path, 3, tensors(), {}, keep=1)

@@ -30,6 +30,7 @@ from moco.detection.detect import precise_statistics
 from moco.detection.model import build_detector
 from moco.encoder import build_encoder
 from moco.errors import one_line_errors
+from moco.run.launch import Stopped
 from moco.schedule import warmup_step_rate
 
 KEYS = ("AP", "AP50", "AP75")
@@ -217,6 +218,20 @@ def test_precise_statistics_are_those_of_a_slow_loop():
             var = sum((v - mean) ** 2 for v in channel) / len(channel)
             assert network[i].running_mean[c].item() == pytest.approx(mean, abs=1e-9)
             assert network[i].running_var[c].item() == pytest.approx(var, rel=1e-9)
+
+
+def test_precise_statistics_that_a_signal_interrupts_are_as_before():
+    """Otherwise each of several processes would save its own, and none would."""
+    network = nn.Sequential(nn.BatchNorm2d(4))
+    before = {key: value.clone() for key, value in network.state_dict().items() if "running" in key}
+
+    def passes():
+        yield network(torch.randn(8, 4, 5, 5))
+        raise Stopped(15)
+
+    with pytest.raises(Stopped):
+        precise_statistics(network.train(), passes(), Accelerator(cpu=True))
+    assert all(network.state_dict()[key].equal(value) for key, value in before.items())
 
 
 # ---- COCO, the optimizer, the defaults

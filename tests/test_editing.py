@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from moco.backbone import save_backbone
 from moco.backbone.load import check_loads_back
 from moco.backbone.publish import prepare_folder
-from moco.check import Fault, compare_backbone, compare_processes, compare_resumed, compare_trained
+from moco.check import STEPS, Fault, compare_backbone, compare_processes, compare_resumed, compare_trained
 from moco.encoder import build_encoder
 from moco.run.checkpoint import save_checkpoint
 
@@ -148,6 +148,11 @@ DEFECTS = {  # what is planted: (the script's text, what it becomes, what the ch
         "            optimizer.param_groups[0]['initial_lr'] *= 0.5\n",
         "a killed and resumed run ends elsewhere",
     ),
+    "an epoch that begins again on resume": (
+        "views.batches(train_set, order, run.done)",
+        "views.batches(train_set, order, run.done // steps_per_epoch * steps_per_epoch)",
+        "a killed and resumed run ends elsewhere",
+    ),
     "a module that nothing trains": (
         "    query_encoder, optimizer = accelerator.prepare(query_encoder, optimizer)\n",
         "    query_encoder.head.append(nn.Linear(args.dim, args.dim, bias=False))\n"
@@ -170,15 +175,15 @@ def fault(compare, *arguments):
 
 
 def test_what_the_check_compares_of_two_runs(tmp_path):
-    for name, changed in (("one", None), ("same", None), ("first", 1), ("last", 3)):
-        for step in range(4):
+    for name, changed in (("one", None), ("same", None), ("first", 1), ("last", STEPS)):
+        for step in range(STEPS + 1):
             weights = {"weight": torch.full((2,), step + 1.0), "running_mean": torch.rand(2)}  # averaged otherwise
             weights["weight"][1] += 1e-6 * (step == changed)
             save_checkpoint(tmp_path / name / "checkpoints", step, {"query_encoder": weights}, {}, keep=9)
     one, same, first, last = (tmp_path / name for name in ("one", "same", "first", "last"))
     assert "take equal steps" in compare_processes(one, same)
     assert "differ after step 1, in query_encoder.weight by" in fault(compare_processes, one, first)
-    assert "differ after step 3" in fault(compare_processes, one, last)
+    assert f"differ after step {STEPS}" in fault(compare_processes, one, last)
     assert "ends elsewhere" in fault(compare_resumed, one, same)  # with other statistics
     assert "bit for bit" in compare_resumed(one, one)
     (one / "args.json").write_text('{"queue_size": 15}')
@@ -189,8 +194,8 @@ def test_what_the_check_compares_of_two_runs(tmp_path):
     ):
         (one / "metrics.jsonl").write_text("".join(f'{{"loss": {loss}}}\n' for loss in losses))
         assert ("are trained" in compare_trained(one)) if line is None else (line in fault(compare_trained, one))
-    shutil.rmtree(one / "checkpoints" / "step_3")
-    shutil.copytree(one / "checkpoints" / "step_0", one / "checkpoints" / "step_3")
+    shutil.rmtree(one / "checkpoints" / f"step_{STEPS}")
+    shutil.copytree(one / "checkpoints" / "step_0", one / "checkpoints" / f"step_{STEPS}")
     assert "no saved tensor changed" in fault(compare_trained, one)
 
 

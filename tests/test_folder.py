@@ -124,7 +124,7 @@ def test_what_would_block_or_has_no_name_is_skipped_and_counted(tmp_path, capsys
         file.write(IMAGE)
     train_set, _ = load_splits(str(tmp_path))
     assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"}
-    assert "left out 5 that are no regular files, or have no name in UTF-8" in capsys.readouterr().out
+    assert "left out 5 that are not regular files, or have no name in UTF-8" in capsys.readouterr().out
 
 
 def test_what_was_found_is_said(tmp_path, capsys):

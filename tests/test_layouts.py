@@ -11,10 +11,11 @@ import tarfile
 import datasets
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hub import serving
 
 from moco.backbone import load_backbone
-from moco.backbone.embed import embed
+from moco.backbone.embed import embed, write_duplicates
 from moco.data.labels import count_classes, has_labels, monitor_test_set
 from moco.data.load import load_splits
 from moco.data.shapes import draw_scene, encode_jpeg
@@ -280,7 +281,7 @@ def test_a_test_split_with_names_in_another_order_is_not_compared(tmp_path, caps
     """Its numbers mean other classes, so the monitor holds training images out, and the probe refuses."""
     write_splits(tmp_path / "data", kind, {"train": table(TRAIN), "test": renamed(table(TEST), NAMES[::-1])})
     train, test = load_splits(str(tmp_path / "data"))
-    assert monitor_test_set(train, test, "D") is None and "in the same order" in capsys.readouterr().out
+    assert monitor_test_set(train, test, "D") is None and "in another order" in capsys.readouterr().out
     assert monitor_test_set(train, train, "D") is train and not capsys.readouterr().out
     with pytest.raises(UserError, match="must name the same classes in the same order"):
         count_classes(train, test, "D")
@@ -333,6 +334,8 @@ def test_a_damaged_image_is_nobodys_duplicate(tmp_path):
     embed(*load_backbone("random", "resnet10"), str(tmp_path), tmp_path / "out.parquet", workers=0, duplicates=0.9999)
     (line,) = (tmp_path / "out.csv").read_text().splitlines()[1:]
     assert "0.jpg" in line and "1.jpg" in line
+    names, twins = ("a.jpg", "b.jpg", "a.jpg"), torch.ones(3, 4)  # the last is damaged, and has the name of another
+    assert write_duplicates(tmp_path / "names.csv", names, twins, 0.9, {2}) == 1
 
 
 @pytest.mark.parametrize("there", ["out.parquet", "out.png", "out.csv", "folder"])

@@ -238,6 +238,19 @@ def test_resume_continues_and_evaluate_leaves_the_log_alone(start, tmp_path, cap
     assert capsys.readouterr().out.splitlines() == ["resume  after step 4", "evaluate step 4"]
 
 
+def test_the_speed_after_a_resume_is_that_of_the_steps_since(start):
+    run = start(total_steps=4)
+    for _ in run.steps():
+        take_step(run)
+    resumed = start(resume=True)
+    for _ in resumed.steps():
+        take_step(resumed)
+        resumed.spent["step"] = 2.0
+        line = resumed.averages()
+        break
+    assert resumed.done == 5 and line["loss"] == 1 and line["images_per_second"] == 4  # 8 images, not those of 5 steps
+
+
 def test_other_data_or_another_backbone_is_refused(start):
     for _ in start(total_steps=4, backbone_sha256="a").steps():
         pass
@@ -358,13 +371,14 @@ def test_a_flag_that_was_switched_off_is_resumed_as_it_was(tmp_path, monkeypatch
     """Such as one that an edit adds; False has a word of its own if argparse made one."""
     (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step_1" / "state.json").write_text('{"sha256": {}}')
-    (tmp_path / "args.json").write_text('{"own_loss": false, "switch": false}')
+    (tmp_path / "args.json").write_text('{"own_loss": false, "switch": false, "data": "shapes", "data_version": 2}')
     monkeypatch.setattr(sys, "argv", ["mine.py"])
     parser = flag_parser("[flags]", "Mine.")
     parser.add_argument("--own-loss", action=BooleanOptionalAction, default=True)
     parser.add_argument("--switch", action="store_true")
     args = parse_resumed(parser, tmp_path, free=set())
     assert args.own_loss is False and args.switch is False
+    assert args.data_version == 2  # which no flag has; the probe asks for it
 
 
 def test_a_step_is_a_step_whatever_accelerate_reads_from_the_environment():

@@ -271,7 +271,7 @@ def test_labels_are_told_by_the_footers_or_counted_on_disk(parquet_folder, tmp_p
 
 def test_what_is_no_parquet_file_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet" * 10)
-    with pytest.raises(UserError, match="is no parquet file"):
+    with pytest.raises(UserError, match="is not a parquet file"):
         read_footer(str(tmp_path / "a.parquet"), Traffic())
     with pytest.raises(UserError, match="cannot be read"):
         read_footer(str(tmp_path / "missing.parquet"), Traffic())

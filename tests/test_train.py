@@ -361,7 +361,7 @@ def test_odd_images_without_labels_train_and_are_counted(tmp_path):
     (tmp_path / "flat" / "05.png").write_bytes(b"damaged")
     flags = ["--batch-size", 8, "--bn-batch", 4, "--queue-size", 100, "--epochs", 2, "--workers", 1, "--recipe", "v1"]
     done = train(tmp_path / "flat", tmp_path / "run", *flags)
-    assert "of training images; kNN off: no column of labels" in done.stdout and "--label-column" in done.stdout
+    assert "on training images; kNN off: no integer label column" in done.stdout and "--label-column" in done.stdout
     assert done.stderr.count("cannot decode") == 1 and "05.png" in done.stderr
     lines = metrics_of(tmp_path / "run")
     assert [line["undecodable"] for line in lines[1:]][2::3] == [1, 1]  # at the end of each epoch

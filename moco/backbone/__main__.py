@@ -19,7 +19,9 @@ from moco.run.flags import below_one
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        prog="python -m moco.backbone", description="Convert a backbone, or publish one on the Hub.", allow_abbrev=False
+        prog="python -m moco.backbone",
+        description="Convert a backbone, publish it, or embed images with it.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser(
@@ -32,8 +34,8 @@ def parse_args():
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
     add = commands.add_parser("push", description=push_backbone.__doc__.split("\n\n")[0]).add_argument
     add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
-    add("name", metavar="USER/NAME", help="the repository, created where it is not there")
-    add("--private", action="store_true", help="create it for your eyes only")
+    add("name", metavar="USER/NAME", help="the repository, created if it does not exist")
+    add("--private", action="store_true", help="create a private repository")
     add("--license", metavar="NAME", help="of the weights, such as mit; the card names none without it")
     add = commands.add_parser(
         "embed", description="Write features of images to a parquet file, with a picture."
@@ -55,7 +57,7 @@ def main():
             print(f"{pairs} pairs above a cosine of {args.duplicates:g} are in {target.with_suffix('.csv')}")
     elif args.command == "convert":
         convert(args.source, args.target, args.to, args.arch, args.encoder)
-        print(f"{args.source} is now {args.target}")
+        print(f"{args.target} has the backbone of {args.source}")
     else:
         print(push_backbone(args.run, args.name, args.private, args.license))
 

@@ -43,8 +43,10 @@ def embed(backbone, known, data, target, workers=2, duplicates=None):
     """
     target = Path(target)
     files = [target.with_suffix(suffix) for suffix in (".parquet", ".png", *([] if duplicates is None else [".csv"]))]
-    if target.suffix != ".parquet" or any(file.exists() for file in files):
-        raise UserError(f"OUT {target} must end with .parquet, and {', '.join(map(str, files))} must not exist yet")
+    if target.suffix != ".parquet":
+        raise UserError(f"OUT {target} must end with .parquet")
+    if there := [str(file) for file in files if file.exists()]:
+        raise UserError(f"OUT {target}: {', '.join(there)} must not exist yet; name another")
     with explained(f"OUT {target} cannot be written", "name another", OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
@@ -55,10 +57,10 @@ def embed(backbone, known, data, target, workers=2, duplicates=None):
     made = Features(backbone, size, mean, std, workers, accelerator)
     features = torch.empty(len(images), made.width, device=accelerator.device)
     crops = NamedCrops(images, partial(center_crop_of, size=size), labelled=False)
-    told = made.fill((features,), images, range(len(images)), crops)
-    failed = sum((failed for failed, _ in told), [])
+    batches = made.fill((features,), images, range(len(images)), crops)
+    failed = sum((failed for failed, _ in batches), [])
     name_undecodable(failed, set(), accelerator, "the feature of its neighbour stands in its place")
-    _, names, labels = zip(*sorted((each for _, rows in told for each in rows), key=lambda each: each[0]))
+    _, names, labels = zip(*sorted((each for _, rows in batches for each in rows), key=lambda each: each[0]))
     columns = {"file": names} | ({"label": labels} if "label" in images.column_names else {})
     columns["feature"] = pa.FixedSizeListArray.from_arrays(features.flatten().cpu().numpy(), features.shape[1])
     pq.write_table(pa.table(columns), target)
@@ -67,21 +69,22 @@ def embed(backbone, known, data, target, workers=2, duplicates=None):
     save_neighbours(target.with_suffix(".png"), images, columns.get("label"), asked, found)
     if duplicates is None:
         return 0
-    return write_duplicates(files[2], names, features, duplicates, {name for name, _ in failed})
+    damaged = {row for failed, rows in batches for row, name, _ in rows if name in dict(failed)}
+    return write_duplicates(files[2], names, features, duplicates, damaged)
 
 
 def write_duplicates(path, names, features, threshold, left_out):
     """Write a line of CSV for each pair of images above a cosine of `threshold`; returns how many these are.
 
-    left_out: names of images whose features are not their own.
+    left_out: rows of images whose features are not their own.
     """
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["file", "duplicate", "cosine"])
         count = 0
         for pairs in close_pairs(features, threshold):
-            found = [(names[i], names[j], f"{cosine:.4f}") for i, j, cosine in zip(*(each.tolist() for each in pairs))]
-            found = [line for line in found if left_out.isdisjoint(line)]
-            lines.writerows(found)
-            count += len(found)
+            for i, j, cosine in zip(*(each.tolist() for each in pairs)):
+                if left_out.isdisjoint((i, j)):
+                    lines.writerow((names[i], names[j], f"{cosine:.4f}"))
+                    count += 1
     return count

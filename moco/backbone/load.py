@@ -109,7 +109,7 @@ def read_folder(folder, encoder):
         known |= {name: settings[name] for name in ("mean", "std") if settings.get(name)}
         if "data" in settings and not settings.get("data_commit"):  # the path is private, and may not lead there here
             settings["data"] = Path(settings["data"]).name
-        if "images" in state:  # what args.json says of epochs is what was planned
+        if "images" in state and {"batch_size", "epochs"} <= settings.keys():  # args.json says what was planned
             epoch = max(1, int(state["images"]) // int(settings["batch_size"]))
             total, known["epochs"] = epoch * int(settings["epochs"]), int(state["step"]) // epoch
             settings["taken_from"] = f"the {encoder} encoder after step {state['step']} of {total}"
@@ -156,8 +156,8 @@ def read_torch_file(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, as any bytes may be taken for a pickle
         raise UserError(
-            f"{path} is not read ({type(error).__name__}): it is no file of torch.save, or damaged, or holds more than"
-            " tensors and plain values, which could run any code; name a file of weights"
+            f"{path} is not read ({type(error).__name__}): it is not a file of torch.save, is damaged, or holds more"
+            " than tensors and plain values, which could run any code; name a file of weights"
         ) from error
     whole = content if isinstance(content, dict) else {}
     parts = [whole[name] for name in ("state_dict", "model") if isinstance(whole.get(name), dict)]
@@ -182,7 +182,7 @@ def read_torchvision(name):
         weights = torchvision.models.get_weight(name)
     arch = name.split("_Weights.")[0].lower()
     if arch not in resnet_names():
-        raise UserError(f"{name} is no ResNet; the architectures are {', '.join(resnet_names())}")
+        raise UserError(f"{name} is not a ResNet; the architectures are {', '.join(resnet_names())}")
     with explained(f"{name} cannot be downloaded", "try again", OSError, RuntimeError):
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     return state, {"arch": arch, "image_size": 224}

@@ -35,8 +35,8 @@ def monitor(encoder, train_set, test_set, size, mean, std, workers, accelerator,
     asked, labels, failed = features.all(held_out, range(len(held_out)), crops)
     numbers = {}
     if bank_set is not None:
-        bank, bank_labels, failed_too = features.bank(bank_set, range(len(bank_set)))
-        failed, k = failed + failed_too, default_k(len(bank_set))
+        bank, bank_labels, bank_failed = features.bank(bank_set, range(len(bank_set)))
+        failed, k = failed + bank_failed, default_k(len(bank_set))
         classes = largest_of_all(int(torch.cat([labels, bank_labels]).max()), accelerator) + 1
         scores = knn_evaluate(asked, labels, bank, bank_labels, classes, [k], 0.07, accelerator)
         numbers["knn"] = scores[k]["top1"]

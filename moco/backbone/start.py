@@ -17,8 +17,8 @@ def read_start(args, accelerator):
     """{key: tensor} of an `Encoder`, of its backbone and with --init-head of its head, as --init has them.
 
     None without --init, and on resume, where the checkpoint has them. Sets in args what follows from the source: arch,
-    stem, mean and std (these two unless they are given, or not known), and init_from, what args.json and the card say.
-    One process a machine reads first, because it may have to download. Raises UserError as `load_backbone` does.
+    stem, mean and std (these two unless one is given or neither is known), and init_from, what args.json and the card
+    say. One process per machine reads first, because it may have to download. Raises UserError as `load_backbone` does.
     """
     if args.init_head and not args.init:
         raise UserError("--init-head takes the head of --init SOURCE, which is missing: add it, or leave this out")
@@ -33,7 +33,8 @@ def read_start(args, accelerator):
     if args.stem not in (None, stem):
         raise UserError(f"--stem {args.stem} is not that of --init {args.init}, {stem}; leave the flag out")
     args.arch, args.stem = known["arch"], stem
-    args.mean, args.std = args.mean or known.get("mean"), args.std or known.get("std")
+    if args.mean is None and args.std is None:
+        args.mean, args.std = known.get("mean"), known.get("std")
     here = Path(args.init).exists()
     args.init_from = {
         "name": Path(args.init).resolve().name if here else args.init.removeprefix("hf-hub:"),  # the path is private

@@ -66,7 +66,8 @@ class ImageRows(GroupedImages):
     @cached_property
     def labels(self):
         """All labels, (len(self),) int64, a missing one as -1. Every image is read for this, once."""
-        return np.array([self[row].get("label", -1) for row in range(len(self))])
+        found = (self[row].get("label") for row in range(len(self)))
+        return np.array([-1 if label is None else label for label in found])
 
     @cached_property
     def first_image(self):

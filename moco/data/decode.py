@@ -194,7 +194,7 @@ def check_undecodable(undecodable, images, data):
     if undecodable > MAX_UNDECODABLE * images:
         raise UserError(
             f"{undecodable} of {images} images of --data {data} cannot be decoded, more than {MAX_UNDECODABLE:.0%};"
-            " mend or remove them"
+            " repair or remove them"
         )
 
 

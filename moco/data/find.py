@@ -27,7 +27,7 @@ def find_splits(name, here, revision, config, split, commit, streaming):
     """
     if name == "shapes":
         check_home()
-        with PartialState().local_main_process_first():  # drawn once a machine
+        with PartialState().local_main_process_first():  # drawn once per machine
             return (shapes_dataset("train"), shapes_dataset("test")), None, None
     if not here:
         check_home()
@@ -108,7 +108,7 @@ def builder_splits(builder, name, streaming=False):
     if splits and all(path.endswith(".parquet") for path in itertools.chain(*splits.values())):
         return splits, builder.info.features
     if streaming and PartialState().is_main_process:
-        print(f"data    {name} is not in parquet files: downloaded once a machine instead of being streamed")
+        print(f"data    {name} is not in parquet files: downloaded once per machine instead of being streamed")
     with PartialState().local_main_process_first():
         builder.download_and_prepare()
     return builder.as_dataset(), None

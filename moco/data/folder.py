@@ -25,7 +25,7 @@ def folder_splits(name, split=None):
     are in TRAIN, TEST or UNLABELED, or if there are names of both TRAIN and TEST. A data set has the column "image"
     and, if there are several folders in the split, "label", the number of the folder among those of training in
     alphabetical order, however deep below it an image lies. What was found is printed, and what is left out: files that
-    are no images, images beside splits, and labels of classes that are not trained on.
+    are not images, images beside splits, and labels of classes that are not trained on.
     """
     images, others, skipped = list_files(os.path.abspath(name))
     if not images or any(path.endswith(".parquet") or os.path.basename(path) in METADATA for path in others):
@@ -83,10 +83,10 @@ def print_left_out(name, others, skipped, beside, extra_classes):
     """A line for each kind of thing that is left out."""
     if others:
         suffixes = sorted({Path(path).suffix or Path(path).name for path in others})
-        print(f"        left out {len(others)} files in {name} that are no images: {', '.join(suffixes[:8])}")
+        print(f"        left out {len(others)} files in {name} that are not images: {', '.join(suffixes[:8])}")
     if skipped:
         shown = ", ".join(map(ascii, skipped[:3])) + (" ..." if len(skipped) > 3 else "")
-        print(f"        left out {len(skipped)} that are no regular files, or have no name in UTF-8: {shown}")
+        print(f"        left out {len(skipped)} that are not regular files, or have no name in UTF-8: {shown}")
     if beside:
         print(f"        left out {len(beside)} images in {name} that lie beside the splits")
     for split, found in extra_classes.items():

@@ -4,7 +4,7 @@ from accelerate import PartialState
 
 from moco.errors import UserError
 
-MAX_CLASSES = 1_000_000  # numbers beyond are no labels
+MAX_CLASSES = 1_000_000  # larger numbers are not labels
 
 
 def label_kind(dataset):
@@ -33,8 +33,8 @@ def monitor_test_set(train_set, test_set, name):
     if class_names(train_set) != class_names(test_set):
         if PartialState().is_main_process:
             print(
-                f"data    {name}: the test split does not name the classes that training names, in the same order, so"
-                " the kNN monitor holds training images out instead"
+                f"data    {name}: the test split names other classes than training, or in another order, so the kNN"
+                " monitor looks at held-out training images instead"
             )
         return None
     return test_set
@@ -62,7 +62,7 @@ def count_classes(train_set, test_set, name):
     for split in splits:
         kind = label_kind(split)
         if not kind.startswith(("int", "uint")):
-            raise UserError(f"--data {name} has labels of type {kind}; they must be whole numbers from 0 on")
+            raise UserError(f"--data {name} has labels of type {kind}; they must be integers from 0")
     ranges = [split.label_range() for split in splits]
     if None in ranges and not names[0]:
         raise UserError(

@@ -30,7 +30,7 @@ STATTED = 10_000  # files whose sizes are part of a fingerprint, at most
 class IndexedImages(ImageRows):
     """A Hugging Face dataset as a sequence of {"image": {"bytes", "path"}, "label"}, of which any row is cheap to read.
 
-    It has the methods of `ParquetImages`, so that nothing else needs to know which of the two it reads.
+    It has the methods of `ParquetImages`.
     """
 
     channels, dtype = 3, np.dtype(np.uint8)  # as `decode_image` makes them
@@ -95,9 +95,9 @@ def load_splits(
     USER/NAME on the Hub. revision: of a Hub name, None for main. config: the configuration of a dataset that has
     several. split: to train on, None for that of training. commit: USER/NAME@COMMIT that a resumed run was begun on.
     Parquet files are read by row group (ParquetImages), on the Hub or with no_streaming after they were downloaded.
-    Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets` is
-    downloaded or converted once a machine, and kept on disk. cache: a folder that keeps what is streamed from the Hub,
-    at most cache_gb GB (None: as RowGroupCache has it), or None for no cache.
+    Everything else becomes IndexedImages; what is neither in image files nor saved by `datasets` is downloaded or
+    converted once per machine, and kept on disk. cache: a folder that keeps what is streamed from the Hub, at most
+    cache_gb GB (None: as RowGroupCache has it), or None for no cache.
     All processes call it together. Raises UserError for a name, folder, column or split that does not exist.
     """
     here = name not in ("", "shapes") and Path(name).is_dir()
@@ -256,7 +256,7 @@ def choose_columns(features, name, image_column, label_column):
         if len(images) != 1:
             raise UserError(
                 f"--data {name} has {len(images)} columns of images among {', '.join(features) or 'none'};"
-                " it must hold images (jpg, png ...), of several columns name one with --image-column"
+                " it must have one (of jpg, png ...), or of several choose one with --image-column"
             )
         image_column = images[0]
     if label_column is None:

@@ -1,6 +1,6 @@
 """Which images each process trains on in which step: a function of the seed and the step.
 
-What can be read one by one is shuffled as a whole, by `batch_rows`. What lies in row groups, far away, is read by
+What can be read one by one is shuffled as a whole, by `batch_rows`. Parquet files, on disk or on the Hub, are read by
 `stream_rows`: a permutation of all row groups, cut at exact row counts into one part for each worker of each process,
 and each part into windows of some hundred rows that are shuffled. So every process takes the same number of steps and
 reads only its share, no image comes twice in an epoch, and a run resumes at any step by skipping windows without
@@ -118,7 +118,7 @@ def batch_rows(images, order, start):
         yield [(epoch, index) for index in permuted[first : first + order.share].tolist()]
 
 
-# ---- in windows, for row groups that lie far away
+# ---- in windows of row groups
 
 
 def part_windows(rows_in_group, order, epoch, worker, low, high):

@@ -66,7 +66,7 @@ def read_footer(path, traffic):
     tail, size = read_range(path, -FOOTER_BYTES, None, traffic)
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if tail[-4:] != b"PAR1" or length > size:
-        raise UserError(f"{path} is no parquet file")
+        raise UserError(f"{path} is not a parquet file")
     if length > len(tail):
         tail, _ = read_range(path, size - length, size, traffic)
     return pq.read_metadata(pa.BufferReader(tail))
@@ -298,7 +298,7 @@ class ParquetImages(GroupedImages):
         file, index = self.groups[group]
         path, ranges = self.paths[file], self.ranges(group)
         name = "-".join([f"{index:05}", *(column.replace("%", "%25").replace("-", "%2D") for column in self.columns)])
-        damaged = explained(f"row group {index} of {path} cannot be read", "mend or replace the file", alone=True)
+        damaged = explained(f"row group {index} of {path} cannot be read", "repair or replace the file", alone=True)
         with unchanged(path, self.status[file]), damaged:
             pieces = read_ranges(path, name, ranges, self.cache, self.traffic)
             source = Pieces(pieces, max(end for _, end in ranges))

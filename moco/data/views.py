@@ -99,7 +99,10 @@ class TransformViews:
     """
 
     def __init__(self, transforms, mean=None, std=None):
-        self.transforms, self.mean, self.std, self.name = transforms, mean, std, "own"
+        if (mean is None) != (std is None):
+            raise UserError("TransformViews needs both, mean and std, or none")
+        self.transforms, self.name = transforms, "own"
+        self.mean, self.std = (values if values is None else tuple(map(float, values)) for values in (mean, std))
 
     def batches(self, images, order, start):
         """As those of FastViews, with the views as floats. Raises UserError for a transform that returns no such."""

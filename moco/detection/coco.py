@@ -116,7 +116,9 @@ def read_instances(folder, split):
         for key, entries in known.items():
             if annotation[key] not in entries:
                 where = entry_name(path, "annotations", number, annotation)
-                raise UserError(f"{where} has {key} {annotation[key]}, which the file does not list; mend or remove it")
+                raise UserError(
+                    f"{where} has {key} {annotation[key]}, which the file does not list; correct or remove it"
+                )
     return instances
 
 
@@ -232,7 +234,7 @@ def read_mask(path, number, annotation, height, width):
     if not segmentation:
         return None
     where = entry_name(path, "annotations", number, annotation)
-    with explained(f"{where} has a segmentation that cannot be read", "mend or remove it", *DAMAGE):
+    with explained(f"{where} has a segmentation that cannot be read", "correct or remove it", *DAMAGE):
         if isinstance(segmentation, dict):
             return read_runs(segmentation, height, width)
         rings = [np.array(ring, np.float64) for ring in segmentation]

@@ -171,7 +171,7 @@ def hub_classes(dataset, name):
     category = getattr(fields["category"], "feature", fields["category"])
     if not isinstance(category, datasets.ClassLabel):
         raise UserError(
-            f"--data {name}: objects.category is no ClassLabel, so its classes have no names; cast it to one"
+            f"--data {name}: objects.category is not a ClassLabel, so its classes have no names; cast it to one"
         )
     return category.names
 
@@ -304,7 +304,7 @@ def move_outline(mask, scale, height, width, flip):
 def micro_batch_rows(portrait, batch_size, micro_batch, seed, start, rank, world):
     """Endless [(iteration, index), ...] of one process's micro-batches, from iteration `start` on.
 
-    portrait: (images,) bool, higher than wide. A micro-batch holds images of one kind, so that little is padded. An
+    portrait: (images,) bool, taller than wide. A micro-batch holds images of one kind, so that little is padded. An
     epoch is a permutation; what is left of it below a micro-batch is dropped, other images each time.
     The images of an iteration are those of any other number of processes, in the same micro-batches.
     """

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from moco.data.batches import loader
 from moco.detection.coco import encode_masks
-from moco.run.launch import stoppable
+from moco.run.launch import Stopped, stoppable
 
 PASTE_CHUNK = 2**26  # pixels of masks pasted at a time: 0.8 GB in float32, two thirds of it for the grid to sample at
 
@@ -110,10 +110,17 @@ def precise_statistics(module, forward_passes, accelerator):
     for norm in norms:
         norm.momentum = 1.0  # the running statistics are then those of the last pass
     totals = [norm.running_mean.new_zeros(3, norm.num_features, dtype=torch.float64) for norm in norms]
-    for _ in forward_passes:
-        for norm, total in zip(norms, totals):
-            n, mean, var = counts[norm], norm.running_mean.double(), norm.running_var.double()
-            total += torch.stack([torch.ones_like(mean), mean, var * (n - 1) / n + mean.square()]) * n
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    try:
+        for _ in forward_passes:
+            for norm, total in zip(norms, totals):
+                n, mean, var = counts[norm], norm.running_mean.double(), norm.running_var.double()
+                total += torch.stack([torch.ones_like(mean), mean, var * (n - 1) / n + mean.square()]) * n
+    except Stopped:  # the run saves a checkpoint now, and in the middle of this each process has its own statistics
+        for norm, (mean, var) in zip(norms, before):
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+        raise
     for norm, total, momentum in zip(norms, totals, momenta):
         n, mean, square = accelerator.reduce(total, "sum")
         norm.running_mean.copy_(mean / n)

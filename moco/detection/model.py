@@ -169,7 +169,7 @@ class C4Anchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
-def not_half(x):
+def at_least_float32(x):
     """x in float32; in float64 if it is already, as the tests against detectron2 have it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -179,7 +179,7 @@ class Float32RPNHead(RPNHead):
 
     def forward(self, features):
         logits, deltas = super().forward(features)
-        return list(map(not_half, logits)), list(map(not_half, deltas))
+        return list(map(at_least_float32, logits)), list(map(at_least_float32, deltas))
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -273,7 +273,7 @@ class BoxPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return not_half(self.cls_score(x)), F.pad(not_half(self.bbox_pred(x)), (4, 0))
+        return at_least_float32(self.cls_score(x)), F.pad(at_least_float32(self.bbox_pred(x)), (4, 0))
 
 
 class MaskPredictor(nn.Module):
@@ -289,7 +289,7 @@ class MaskPredictor(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        return not_half(self.predictor(F.relu(self.deconv(x))))
+        return at_least_float32(self.predictor(F.relu(self.deconv(x))))
 
 
 class C4Heads(RoIHeads):

@@ -134,8 +134,8 @@ def check_records(records, split, name, left_out):
         record, (width, height) = wrong[0]
         raise UserError(
             f"--data {name}: {len(wrong)} of {len(looked)} {split} images have another size than annotated, first"
-            f" {record['name']}: {width} x {height} pixels, annotated as {record['width']} x {record['height']}; mend"
-            " the annotations, or use the images that they were made for"
+            f" {record['name']}: {width} x {height} pixels, annotated as {record['width']} x {record['height']};"
+            " correct the annotations, or use the images that they were made for"
         )
     left_out[f"of {len(looked)} {split} images looked at have another size than annotated"] += len(wrong)
 
@@ -159,7 +159,7 @@ def check_boxes(records, split, name):
     """
     for record in records:
         if not np.isfinite(record["boxes"]).all():
-            raise UserError(f"--data {name}: a box of {record['name']} is not finite; mend or remove it")
+            raise UserError(f"--data {name}: a box of {record['name']} is not finite; correct or remove it")
     tiny = [record for record in records if record["boxes"].max() <= CORNER]
     if len(tiny) > MAX_UNDECODABLE * len(records):
         raise UserError(

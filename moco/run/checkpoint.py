@@ -38,9 +38,12 @@ def save_checkpoint(folder, step, tensors, state, keep):
             checksums[path.name] = hashlib.sha256(data).hexdigest()
         write_json(partial / "state.json", {"step": step, "sha256": checksums, **state})
         sync(partial)
-    shutil.rmtree(final, ignore_errors=True)
+    old = folder / f".step_{step}.old.partial"
+    if final.exists():  # of the same step, by which a resumed run begins; moved, because to remove it takes a while
+        os.replace(final, old)
     os.replace(partial, final)
     sync(folder)
+    shutil.rmtree(old, ignore_errors=True)
     complete = complete_checkpoints(folder)
     here = complete.index(final) + 1
     for path in complete[: max(0, here - keep)] + complete[here:]:  # later ones: the run went back to this step

@@ -103,9 +103,9 @@ def add_pixel_flags(add):
 
 
 def data_options(args):
-    """What `add_data_flags` and the user said about the data, as keyword arguments of `load_splits`.
+    """The flags of `add_data_flags` as keyword arguments of `load_splits`.
 
-    args.data_commit is no flag: USER/NAME@COMMIT that was read when a run began, or None.
+    args.data_commit is not a flag: USER/NAME@COMMIT that was read when a run began, or None.
     """
     names = ("image_column", "label_column", "revision", "config", "split", "no_streaming", "cache", "cache_gb")
     return {name: getattr(args, name) for name in names} | {"commit": args.data_commit}
@@ -113,7 +113,7 @@ def data_options(args):
 
 def add_workers_flag(add):
     workers = min(16, cores_of_process())
-    add("--workers", type=at_least(0), metavar="N", default=workers, help="data workers of a process")
+    add("--workers", type=at_least(0), metavar="N", default=workers, help="data workers per process")
 
 
 def add_run_flags(add, checkpoint_every, log_every, default):
@@ -129,7 +129,7 @@ def add_run_flags(add, checkpoint_every, log_every, default):
 
 
 def run_options(args):
-    """What `add_run_flags` and the user said about the run, as keyword arguments of `moco.run.run.Run`."""
+    """The flags of `add_run_flags` as keyword arguments of `moco.run.run.Run`."""
     names = ("checkpoint_every", "keep", "resume", "evaluate")
     return {"settings": vars(args)} | {name: getattr(args, name) for name in names if name in args}
 
@@ -201,7 +201,7 @@ def parse_resumed(parser, output, free):
         for name, value in flags.items():
             if typed[name] != value:
                 raise ValueError(f"{name} is {value!r:.60}")
-    parser.set_defaults(**{name: saved[name] for name in begun})
+    parser.set_defaults(**{name: saved[name] for name in begun | ({"data_version"} & saved.keys())})  # it is not a flag
     args = parser.parse_args()
     args.output = output
     for name in sorted(begun - free):
@@ -299,7 +299,7 @@ def check_memory(needs):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for what, size in needs.items():
         if size > memory:
-            raise UserError(f"{what} would take {size / 1e9:.3g} GB, this machine has {memory / 1e9:.3g}; lower it")
+            raise UserError(f"{what} would take {size / 1e9:.3g} GB, but this machine has {memory / 1e9:.3g}; lower it")
 
 
 def check_push(name):

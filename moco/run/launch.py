@@ -102,10 +102,10 @@ def device_in_words(workers):
     """What a process runs on, for the settings that are printed at the start."""
     device = PartialState().device
     if device.type == "cuda":
-        words = f"{torch.cuda.get_device_name(device)}, {workers} data workers a process"
+        words = f"{torch.cuda.get_device_name(device)}, {workers} data workers per process"
         slow = AcceleratorState().mixed_precision == "no" and torch.cuda.is_bf16_supported(including_emulation=False)
         return words + ("\n        float32; this GPU is much faster with --mixed-precision bf16" if slow else "")
-    return f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers a process"
+    return f"{device.type} with {torch.get_num_threads()} threads, {workers} data workers per process"
 
 
 def optimizer_in_words(optimizer):

@@ -85,6 +85,7 @@ class Run:
         self.origin["backbone_sha256"] = backbone_sha256
         self.done = 0  # steps taken, including the current one
         self.sums, self.summed = {}, 0  # of recorded values since the last log line, over so many steps
+        self.steps_timed = 0  # of these the steps that this process took, and so knows the seconds of
         self.lines = 0  # of the log, since the start
         self.unlogged = None  # the log line of this moment, if it waits for an evaluation
         self.pending = None  # the last step's values, on their way from the device
@@ -147,7 +148,7 @@ class Run:
                 module.load_state_dict(tensors[name])
             load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         position, note = self.done % self.steps_per_epoch, ""
-        if not self.only_evaluates and (state.get("rows") or {}) != (self.origin["rows"] or {}) and position:
+        if not self.only_evaluates and (state.get("rows") or {}) != self.origin["rows"] and position:
             # The images of this epoch that were already used are not known.
             self.done -= position
             self.sums, self.summed, self.undecodable = {}, 0, 0
@@ -186,7 +187,7 @@ class Run:
         release_signals()
 
     def timed(self, loader):
-        """The batches of a loader without their last part, the undecodable images, which the run counts and names.
+        """Yield a loader's batches without their last part, the undecodable images, which the run counts and names.
 
         It is started when the first batch is asked for. Waiting for batches counts as data_seconds.
         """
@@ -260,7 +261,8 @@ class Run:
                 loss = column[diverged[0]][0].item()
                 self.stop_diverged(f"the loss is {loss} at step {done - 1} on process {diverged[0]}")
             self.sums[name] = self.sums.get(name, 0) + column.mean(dim=0).view(shape)
-        self.summed, self.read = self.summed + 1, self.read + read.sum(dim=0)  # of all processes
+        self.summed, self.steps_timed = self.summed + 1, self.steps_timed + 1
+        self.read = self.read + read.sum(dim=0)  # of all processes
         self.stopping, self.overdue = int(signals.max()) or None, bool(overdue[0])
         if int((done - 1) / self.steps_per_epoch) > int((done - 2) / self.steps_per_epoch):
             self.undecodable = 0
@@ -284,14 +286,14 @@ class Run:
         seconds = self.spent.pop("step")
         line |= {
             "undecodable": self.undecodable,  # in this epoch
-            "images_per_second": self.summed * self.batch_size / seconds,
+            "images_per_second": self.steps_timed * self.batch_size / seconds,
             "data_share": self.spent["data"] / seconds,
         }
         line |= {f"{what}_seconds": value for what, value in self.spent.items()}
         elapsed = seconds + sum(self.spent.values()) - self.spent["data"]  # waits for data are within steps
         read, rates = traffic_line(self.read.tolist(), elapsed) if self.traffic else ({}, "")
         line |= read
-        self.sums, self.summed, self.read, self.spent = {}, 0, 0, {"step": 0.0, "data": 0.0}
+        self.sums, self.summed, self.steps_timed, self.read, self.spent = {}, 0, 0, 0, {"step": 0.0, "data": 0.0}
         self.lines += 1
         if self.lines == 2 and self.accelerator.device.type == "cuda":  # workers start during the first
             self.warn_starving(line["data_share"], line["images_per_second"])
