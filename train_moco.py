@@ -176,11 +176,12 @@ def main():
     model = nn.ModuleDict({"query_encoder": accelerator.unwrap_model(query_encoder, keep_torch_compile=False)})
     model.update({} if args.simclr else {"key_encoder": key_encoder, "queue": queue})  # all that a run must keep
     if args.simclr:  # a pass for each BatchNorm group, whose activations are kept until all are made
-        pass_size, memory = min(order.share, args.bn_batch), ""
+        pass_size = min(order.share, args.bn_batch)
+        memory = "; --micro-batch has no effect" if args.micro_batch else ""
     else:
-        parts = (args.micro_batch, query_encoder, train_set.channels, args.image_size, accelerator)
-        args.micro_batch, memory = micro_batch(*parts)
-        pass_size = images_per_pass(order.share, args.bn_batch, args.micro_batch)
+        wanted = (args.micro_batch, query_encoder, train_set.channels, args.image_size, accelerator)
+        fit, memory = micro_batch(*wanted)
+        pass_size = images_per_pass(order.share, args.bn_batch, fit)
     logits_of_query = 2 * args.batch_size - 1 if args.simclr else 1 + args.queue_size  # chance is their logarithm
 
     # ---- the run
@@ -200,8 +201,13 @@ def main():
             run.check_decoded(failed, images)
         return numbers
 
-    if args.knn_every and (run.unlogged or not args.resume):  # before training; or a signal stopped an evaluation
-        run.log((run.unlogged or {"step": 0, "epoch": 0}) | evaluation())
+    def draw_curves():
+        chance = math.log(logits_of_query)
+        levels = {"loss": (chance, f"chance, log({logits_of_query}) = {chance:.2f}")}
+        save_curves(args.output / "curves.png", run.metrics, levels)
+
+    if run.unlogged or (args.knn_every and not args.resume):  # a signal stopped an evaluation; or before training
+        run.log((run.unlogged or {"step": 0, "epoch": 0}) | (evaluation() if args.knn_every else {}))
 
     # ---- training
     batches = run.timed(views.batches(train_set, order, run.done))
@@ -232,14 +238,13 @@ def main():
             if args.knn_every and run.due(args.knn_every * steps_per_epoch):
                 line |= evaluation()
             run.log(line)
-        if is_main and run.due(max(1, args.epochs // 10) * steps_per_epoch):
+        if is_main and run.due(max(1, args.epochs // 10) * steps_per_epoch) and run.done < total_steps:
             with run.paused_for("picture"):
-                chance = math.log(logits_of_query)
-                levels = {"loss": (chance, f"chance, log({logits_of_query}) = {chance:.2f}")}
-                save_curves(args.output / "curves.png", run.metrics, levels)
+                draw_curves()
 
     # ---- results
     if is_main:
+        draw_curves()
         leave_results(args, views.name, model["query_encoder"], run.metrics, world)
     accelerator.end_training()
 

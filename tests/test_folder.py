@@ -60,6 +60,12 @@ def test_flat_splits_and_images_beside_classes_have_no_labels(tmp_path):
     assert labels_of(train_set) == ["0.jpg", "1.jpg", "2.jpg"]
 
 
+def test_a_split_is_named_as_its_folder_is(tmp_path):
+    write(tmp_path, "Base/cat/0.jpg", "Base/dog/1.jpg", "Extra/cat/2.jpg", "Extra/dog/3.jpg")
+    train_set, _ = load_splits(str(tmp_path), split="Extra")
+    assert labels_of(train_set) == {"2.jpg": "cat", "3.jpg": "dog"}
+
+
 def test_links_are_followed_and_a_circle_is_walked_once(tmp_path):
     elsewhere = write(tmp_path / "elsewhere", "cat/0.jpg", "dog/1.jpg", "val/cat/2.jpg")
     (tmp_path / "data" / "train").mkdir(parents=True)
@@ -75,7 +81,7 @@ def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path, capsys)
     write(tmp_path, "cat/0.jpg", "dog/1.jpg", "dog/.2.jpg", ".cache/3.jpg", "labels.csv", "dog/Thumbs.db", "LICENSE")
     train_set, _ = load_splits(str(tmp_path))
     assert labels_of(train_set) == {"0.jpg": "cat", "1.jpg": "dog"}
-    assert "left out 3 files in" in (out := capsys.readouterr().out) and "no images: .csv, .db, LICENSE" in out
+    assert "left out 3 files in" in (out := capsys.readouterr().out) and "not images: .csv, .db, LICENSE" in out
 
 
 @pytest.mark.parametrize("strange", ["cow", "images"])

@@ -19,7 +19,7 @@ from torch import nn
 from moco.data.order import Order
 from moco.errors import UserError
 from moco.run.checkpoint import complete_checkpoints, load_checkpoint, read_metrics
-from moco.run.flags import add_workers_flag, flag_parser, lock, parse_resumed
+from moco.run.flags import add_workers_flag, check_output, flag_parser, lock, parse_resumed
 from moco.run.launch import device_in_words, stoppable
 from moco.run.run import CHECKPOINT_SECONDS, Run
 
@@ -304,6 +304,9 @@ def test_a_signal_during_an_evaluation_saves_the_step_and_the_evaluation_is_made
     if at:
         assert (line["loss"], line["lr"]) == (2.0, 0.1)
     assert start(evaluate=True).unlogged is None  # the log is left alone
+    again = start(resume=True)  # from the same checkpoint
+    again.log(again.unlogged | {"knn": 60.0})
+    assert [line["knn"] for line in metrics_of(tmp_path)] == [60.0]
 
 
 def test_undecodable_images_are_counted_by_epoch(start, tmp_path):
@@ -342,6 +345,21 @@ def test_a_parameter_with_gradients_that_nothing_trains_gets_a_line(start, capsy
     for _ in run.steps():
         take_step(run)
     assert "note" not in capsys.readouterr().out
+
+
+def test_a_run_that_is_resumed_does_not_end_for_its_push(tmp_path, monkeypatch, capsys):
+    """Which can be made later, when the Hub or a token is there again."""
+
+    def refuse(name):
+        raise UserError(f"--push-to-hub {name}: no login")
+
+    monkeypatch.setattr("moco.run.flags.check_push", refuse)
+    args = SimpleNamespace(output=tmp_path, data="shapes", push_to_hub="user/name", license=None, resume=True)
+    check_output(args)
+    assert capsys.readouterr().out == "note    --push-to-hub user/name: no login\n"
+    args.resume = False
+    with pytest.raises(UserError, match="no login"):
+        check_output(args)
 
 
 def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):

@@ -344,6 +344,14 @@ def test_the_run_folder_holds_the_flags_the_log_and_the_pictures(uninterrupted):
         assert [line["step"] for line in lines if name in line] == [0, 8, 16, 20]
 
 
+def test_a_finished_run_that_is_resumed_draws_its_curves(folder, uninterrupted, tmp_path):
+    """As one that a signal stopped in its last evaluation has not."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "curves.png").unlink()
+    done = run_script("train_moco.py", "--data", folder, "--output", tmp_path / "run", "--resume")
+    assert done.returncode == 0 and (tmp_path / "run" / "curves.png").exists(), done.stderr
+
+
 def test_the_start_is_what_was_measured_before_the_first_step(capsys):
     lines = [{"step": 0, "knn": 20.0}, {"step": 1, "loss": 3.0}, {"step": 2, "knn": 50.0}]
     train_moco.print_knn(lines, "the random backbone")

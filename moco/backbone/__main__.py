@@ -33,7 +33,11 @@ def parse_args():
     add("--arch", help="a torchvision ResNet, resnet10 or timm/NAME [as SOURCE says]")
     add("--encoder", choices=("query", "key"), default="query", help="key: the momentum encoder [%(default)s]")
     add = commands.add_parser("push", description=push_backbone.__doc__.split("\n\n")[0]).add_argument
-    add("run", metavar="RUN", help="a run folder of train_moco.py or linear_probe.py, or a converted timm folder")
+    add(
+        "run",
+        metavar="RUN",
+        help="a run folder of train_moco.py, of linear_probe.py with --push-to-hub, or what convert --to timm wrote",
+    )
     add("name", metavar="USER/NAME", help="the repository, created if it does not exist")
     add("--private", action="store_true", help="create a private repository")
     add("--license", metavar="NAME", help="of the weights, such as mit; the card names none without it")

@@ -48,9 +48,9 @@ def folder_splits(name, split=None):
     if PartialState().is_main_process:
         print_found(name, classes, names, root)
         print_left_out(name, others, skipped, beside, extra_classes)
-    return {
-        split.lower() or "train": image_rows(found, None if extra_classes[split] else names)
-        for split, found in classes.items()
+    return {  # under the names that --split has for them
+        part if part == split else part.lower() or "train": image_rows(found, None if extra_classes[part] else names)
+        for part, found in classes.items()
     }
 
 

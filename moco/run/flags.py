@@ -249,7 +249,12 @@ def check_output(args):
     if args.license and not args.push_to_hub:
         raise UserError(f"--license {args.license} is for --push-to-hub, which is missing: add it, or leave this out")
     if args.push_to_hub and PartialState().is_main_process:
-        check_push(args.push_to_hub)
+        try:
+            check_push(args.push_to_hub)
+        except UserError as error:  # a run that is under way is worth more than its push, which can be made later
+            if not args.resume:
+                raise
+            print(f"note    {error}")
     if Path(data).is_dir():
         there, here = Path(data).resolve(), output.resolve()
         if there == here or there in here.parents or here in there.parents:

@@ -101,7 +101,7 @@ class Run:
         self.total_steps = self.done if evaluate else total_steps
         accelerator.wait_for_everyone()  # nobody writes before everybody has read
         if accelerator.is_main_process and resume:
-            trim_metrics(self.metrics, self.done)
+            trim_metrics(self.metrics, self.done - bool(self.unlogged))  # a line that is open is logged again
         elif accelerator.is_main_process and not evaluate:
             self.folder.mkdir(parents=True, exist_ok=True)
             settings = self.settings | {"output": str(folder)}
@@ -151,7 +151,7 @@ class Run:
         if not self.only_evaluates and (state.get("rows") or {}) != self.origin["rows"] and position:
             # The images of this epoch that were already used are not known.
             self.done -= position
-            self.sums, self.summed, self.undecodable = {}, 0, 0
+            self.sums, self.summed, self.undecodable, self.unlogged = {}, 0, 0, None
             note = (
                 f"\n        not {state['step']}: processes, workers or window differ, so the epoch starts again"
                 " in a new order"
