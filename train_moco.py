@@ -179,8 +179,7 @@ def main():
         pass_size = min(order.share, args.bn_batch)
         memory = "; --micro-batch has no effect" if args.micro_batch else ""
     else:
-        wanted = (args.micro_batch, query_encoder, train_set.channels, args.image_size, accelerator)
-        fit, memory = micro_batch(*wanted)
+        fit, memory = micro_batch(args.micro_batch, query_encoder, train_set.channels, args.image_size, accelerator)
         pass_size = images_per_pass(order.share, args.bn_batch, fit)
     logits_of_query = 2 * args.batch_size - 1 if args.simclr else 1 + args.queue_size  # chance is their logarithm
 

@@ -80,7 +80,7 @@ def run_script(script, killed, features, *flags):
     Run.__init__, Run.steps, moco.data.load.load_splits = cut_begin, cut_loop, few_images
     sys.argv, sys.path[0] = [script, *flags], str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")
-    if names := untrained(runs[-1].model, runs[-1].optimizer):
+    if names := untrained(runs[-1].modules, runs[-1].optimizer):
         sys.exit(f"error: {untrained_in_words(names)}")
     encoder = next((module for module in runs[-1].modules.values() if hasattr(module, "backbone")), None)
     if encoder is not None and os.environ.get("RANK", "0") == "0":

@@ -380,9 +380,8 @@ def test_json_that_several_processes_write_at_once_is_whole(tmp_path):
     while any(process.poll() is None for process in both):
         if (tmp_path / "a.json").exists():
             assert len(set(json.loads((tmp_path / "a.json").read_text()))) == 1
-    assert [process.communicate()[1] for process in both] == ["", ""] and list(tmp_path.iterdir()) == [
-        tmp_path / "a.json"
-    ]
+    assert [process.communicate()[1] for process in both] == ["", ""]
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
 
 
 def test_a_flag_that_was_switched_off_is_resumed_as_it_was(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Features of a folder or dataset as a parquet file, with a picture of nearest neighbours and a list of duplicates."""
 
 import csv
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from moco.backbone.features import Features
 from moco.data.batches import Crops, center_crop_of
 from moco.data.decode import name_of, name_undecodable
 from moco.data.load import load_splits
-from moco.errors import UserError, explained
+from moco.errors import UserError
+from moco.run.flags import check_writable
 from moco.run.pictures import nearest_rows, save_neighbours
 from moco.spread import close_pairs
 
@@ -47,9 +47,7 @@ def embed(backbone, known, data, target, workers=2, duplicates=None):
         raise UserError(f"OUT {target} must end with .parquet")
     if there := [str(file) for file in files if file.exists()]:
         raise UserError(f"OUT {target}: {', '.join(there)} must not exist yet; name another")
-    with explained(f"OUT {target} cannot be written", "name another", OSError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
+    check_writable(target.parent, f"OUT {target}", "name another")
     accelerator = Accelerator()
     backbone = backbone.eval().to(accelerator.device)
     images, _ = load_splits(data)
@@ -69,8 +67,8 @@ def embed(backbone, known, data, target, workers=2, duplicates=None):
     save_neighbours(target.with_suffix(".png"), images, columns.get("label"), asked, found)
     if duplicates is None:
         return 0
-    damaged = {row for failed, rows in batches for row, name, _ in rows if name in dict(failed)}
-    return write_duplicates(files[2], names, features, duplicates, damaged)
+    damaged = {row for failed, rows in batches if failed for row, name, _ in rows if name in dict(failed)}
+    return write_duplicates(target.with_suffix(".csv"), names, features, duplicates, damaged)
 
 
 def write_duplicates(path, names, features, threshold, left_out):

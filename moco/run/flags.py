@@ -193,9 +193,9 @@ def parse_resumed(parser, output, free):
         shapes.check_version(saved, "shapes")
         begun = vars(parser.parse_args()).keys() & saved.keys() - {"output", "resume", "evaluate"}
         flags = {action.dest: saved[action.dest] for action in parser._actions if action.dest in begun}
-        given = {name: value for name, value in flags.items() if value is not None}
+        words = [word for name, value in flags.items() for word in saved_words(parser, name, value)]
         try:  # as if they were typed, so that they are within their limits
-            typed = vars(parser.parse_args([word for name in given for word in saved_words(parser, name, given[name])]))
+            typed = vars(parser.parse_args(words))
         except UserError as error:
             raise ValueError(error) from error
         for name, value in flags.items():
@@ -223,10 +223,11 @@ def as_words(name, value):
 
 
 def saved_words(parser, name, value):
-    """A flag of args.json as words: False is typed by leaving the flag out, or as the --no-name that argparse made."""
+    """A flag of args.json as words. None is left out, and so is False unless argparse made a --no-name for it."""
     if value is False:
-        return [word for word in (f"--no-{name.replace('_', '-')}",) if word in parser._option_string_actions]
-    return as_words(name, value)
+        no = f"--no-{name.replace('_', '-')}"
+        return [no] if no in parser._option_string_actions else []
+    return [] if value is None else as_words(name, value)
 
 
 # ---- rules that several scripts share
@@ -262,9 +263,7 @@ def check_output(args):
                 f"--output {output} and --data {data} are one folder, or one lies in the other: a run's pictures would"
                 " become data; name another --output"
             )
-    with explained(f"--output {output} cannot be written", "name another folder", OSError):
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
+    check_writable(output, f"--output {output}", "name another folder")
     if PartialState().is_main_process:
         lock(output)
     left = [file for file in ("backbone/model.safetensors", "results.json") if (output / file).exists()]
@@ -274,6 +273,13 @@ def check_output(args):
         and (complete_checkpoints(output / "checkpoints") or left)
     ):
         raise UserError(f"--output {output} holds another run; add --resume to continue it, or name another folder")
+
+
+def check_writable(folder, what, remedy):
+    """Create a folder. Raises UserError, which names `what` and the remedy, unless files can be written there."""
+    with explained(f"{what} cannot be written", remedy, OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def lock(folder):

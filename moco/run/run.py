@@ -76,7 +76,7 @@ class Run:
         self.folder, self.settings = Path(folder), settings or {}
         self.checkpoints, self.metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
         self.accelerator, self.optimizer, self.finite, self.one_size = accelerator, optimizer, finite, one_size
-        self.model, self.modules = model, dict(model.named_children())
+        self.modules = dict(model.named_children())
         check_trained(model, optimizer)
         self.checkpoint_every, self.keep, self.only_evaluates = checkpoint_every, keep, evaluate
         self.batch_size = order.batch_size
@@ -174,7 +174,7 @@ class Run:
             self.done, self.started = step + 1, time.perf_counter()
             yield step
             self.bar.update()
-            if step == first and not silent and (names := untrained(self.model, self.optimizer)):
+            if step == first and not silent and (names := untrained(self.modules, self.optimizer)):
                 tqdm.write(f"note    {untrained_in_words(names)}")
             if self.due(self.checkpoint_every) or self.stopping or self.overdue:
                 self.save()
@@ -389,10 +389,11 @@ def check_trained(model, optimizer):
         )
 
 
-def untrained(model, optimizer):
-    """Names of the model's parameters that a loss gave gradients, but that the optimizer does not train."""
+def untrained(modules, optimizer):
+    """Names of the parameters of {name: module} that a loss gave gradients, but that the optimizer does not train."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [name for name, p in model.named_parameters() if p.grad is not None and id(p) not in trained]
+    named = ((f"{name}.{key}", p) for name, module in modules.items() for key, p in module.named_parameters())
+    return [name for name, p in named if p.grad is not None and id(p) not in trained]
 
 
 def untrained_in_words(names):
